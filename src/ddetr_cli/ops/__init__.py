@@ -1,0 +1,8 @@
+"""The one op of ours, multi-scale deformable attention, and who computes it on this machine."""
+
+from __future__ import annotations
+
+from ddetr_cli.ops.kernels import KernelStatus, kernel_status
+from ddetr_cli.ops.msda import msda
+
+__all__ = ["KernelStatus", "kernel_status", "msda"]

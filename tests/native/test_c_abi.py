@@ -1,0 +1,97 @@
+"""The C ABI of the CPU library, driven without Python under the sanitizers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ISAS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+FLAGS = ["-std=gnu++17", "-g", "-O1", "-fPIC", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno"]
+
+
+def build_driver(repository: Path, folder: Path, sanitize: list[str], *, portable_only: bool = False) -> Path:
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source, driver = repository / "csrc", folder / "driver"
+    command = [compiler, *FLAGS, *sanitize, f"-I{source / 'include'}"]
+    objects, jobs = [], []
+
+    def compile_(name: str, *arguments: str) -> None:
+        objects.append(str(folder / name))
+        jobs.append(
+            subprocess.Popen([*command, *arguments, "-c", "-o", objects[-1]], stderr=subprocess.PIPE, text=True)
+        )
+
+    is_x86 = platform.machine() in ("x86_64", "AMD64") and not portable_only
+    for isa, flags in ISAS.items():
+        if isa == "portable" or is_x86:
+            compile_(f"{isa}.o", *flags, f"-DDDETR_KERNELS=ddetr_kernels_{isa}", str(source / "msda_cpu_kernels.cpp"))
+    compile_("abi.o", *(["-DDDETR_HAVE_X86_ISAS"] if is_x86 else []), str(source / "msda_cpu.cpp"))
+    compile_("status.o", str(source / "status.cpp"))
+    compile_("driver.o", str(repository / "tests/native/driver.cpp"))
+    for job in jobs:
+        _, errors = job.communicate()
+        if "cannot find" in errors or "unrecognized" in errors:
+            pytest.skip(f"this compiler has no {' '.join(sanitize)}: {errors[:200]}")
+        assert job.returncode == 0, errors
+    linked = subprocess.run([*command, *objects, "-pthread", "-o", str(driver)], capture_output=True, text=True)
+    if "cannot find" in linked.stderr:
+        pytest.skip(f"this compiler has no {' '.join(sanitize)}: {linked.stderr[:200]}")
+    assert linked.returncode == 0, linked.stderr
+    return driver
+
+
+def run_driver(driver: Path, *arguments: str, **environment: str) -> None:
+    result = subprocess.run(
+        [str(driver), *arguments], capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 failures" in result.stdout
+    assert "runtime error" not in result.stderr
+    assert "WARNING" not in result.stderr
+
+
+@pytest.mark.slow
+def test_the_driver_passes_as_it_is(repository: Path, tmp_path: Path) -> None:
+    run_driver(build_driver(repository, tmp_path, []))
+
+
+@pytest.mark.slow
+def test_the_driver_is_clean_under_address_and_undefined_behaviour_sanitizers(
+    repository: Path, tmp_path: Path
+) -> None:
+    sanitize = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+    run_driver(build_driver(repository, tmp_path, sanitize))
+
+
+@pytest.mark.slow
+def test_the_driver_is_clean_under_the_thread_sanitizer(repository: Path, tmp_path: Path) -> None:
+    # its shadow memory multiplies the address space that the test of large indices takes
+    run_driver(build_driver(repository, tmp_path, ["-fsanitize=thread"]), "--no-large", TSAN_OPTIONS="exitcode=66")
+
+
+@pytest.mark.slow
+def test_the_sanitizers_would_notice(repository: Path, tmp_path: Path) -> None:
+    """The same driver on a library that reads one row too far: the run above can fail."""
+    broken = tmp_path / "repository"
+    shutil.copytree(repository / "csrc", broken / "csrc")
+    shutil.copytree(repository / "tests/native", broken / "tests/native")
+    kernels = broken / "csrc/msda_cpu_kernels.cpp"
+    text = kernels.read_text(encoding="utf-8")
+    marker = "(c < levels.columns[i])"
+    assert marker in text
+    kernels.write_text(text.replace(marker, "(c < levels.columns[i] + 1)"), encoding="utf-8")
+    driver = build_driver(broken, tmp_path, ["-fsanitize=address"], portable_only=True)
+    result = subprocess.run([str(driver), "--no-large"], capture_output=True, text=True, timeout=600)
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
