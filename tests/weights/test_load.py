@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from ddetr_cli.classes import COCO_TABLE, ClassTable
+from ddetr_cli.errors import CheckpointError, UsageError
+from ddetr_cli.model.detector import build_detector
+from ddetr_cli.presets import PRESETS, ModelConfig
+from ddetr_cli.weights import load_model, save_checkpoint
+from ddetr_cli.weights.layouts import to_authors
+
+TINY = ModelConfig(
+    "small", backbone="resnet-tiny", hidden_dim=32, encoder_layers=1, decoder_layers=2, ffn_dim=32, queries=5,
+    classes=3, image_size=128,
+)  # fmt: skip
+NEVER_TOLD_APART = "nothing in or beside the file says whether the last stage is dilated"
+
+
+def _tiny_file(path: Path, **changes: object) -> Path:
+    config = replace(TINY, **changes)
+    torch.manual_seed(1)
+    save_checkpoint(path, build_detector(config), ClassTable.from_categories(
+        [{"id": i + 1, "name": f"c{i}"} for i in range(config.classes)]))  # fmt: skip
+    return path
+
+
+def test_the_authors_file_comes_back_bit_for_bit(states, write):
+    for changes in ({}, {"refine_boxes": True}, {"refine_boxes": True, "two_stage": True}, {"levels": 1}):
+        state = {name: tensor.float() for name, tensor in states(**changes).items()}
+        extra = {"num_queries": 7} if changes.get("two_stage") else {}
+        loaded = load_model(str(write(state, dilation=False, **extra)))
+        again = to_authors(loaded.model.state_dict(), loaded.config)
+        assert again.keys() == state.keys()
+        assert [name for name in state if not torch.equal(state[name], again[name])] == []
+        assert loaded.config == replace(loaded.config, queries=7, classes=5, **changes)
+
+
+def test_numbers_stored_as_float16_are_loaded_as_float32(states, write):
+    loaded = load_model(str(write(states())))
+    for name, tensor in loaded.model.state_dict().items():
+        assert tensor.dtype == torch.float32, name
+    assert torch.equal(loaded.model.query_embed.weight, states()["query_embed.weight"].float())
+
+
+def test_missing_copies_wrappers_and_counters_do_no_harm(states, write):
+    full = states(refine_boxes=True)
+    state = {f"module.{k}": t for k, t in full.items() if not k.startswith("transformer.decoder.bbox_embed.")}
+    state |= {
+        "module.total_ops": torch.zeros(1, dtype=torch.float64),
+        "module.backbone.0.body.bn1.total_params": torch.zeros(1),
+        "module.backbone.0.body.bn1.num_batches_tracked": torch.tensor(3),
+    }
+    loaded = load_model(str(write(state)))
+    assert loaded.config.refine_boxes
+    assert len(loaded.report.ignored) == 3
+    reference = load_model(str(write(full, "full.pth"))).model.state_dict()
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_a_refining_model_with_equal_heads_is_recognised_by_the_stored_arguments(states, write):
+    shared = states()
+    assert not load_model(str(write(shared))).config.refine_boxes
+    assert load_model(str(write(shared, with_box_refine=True))).config.refine_boxes
+
+
+class TestDilation:
+    def test_the_authors_arguments_tell(self, states, write):
+        state = states(levels=1)
+        for dilation in (True, False):
+            loaded = load_model(str(write(state, dilation=dilation)))
+            assert loaded.config.dilation is dilation
+            assert not any(NEVER_TOLD_APART in note for note in loaded.report.notes)
+
+    def test_a_config_beside_a_hugging_face_file_tells(self, states, tmp_path: Path):
+        path = _as_hugging_face(states(levels=1), tmp_path)
+        for dilation in (True, False):
+            (tmp_path / "config.json").write_text(
+                json.dumps({"model_type": "deformable_detr", "dilation": dilation, "encoder_attention_heads": 8})
+            )
+            loaded = load_model(str(path))
+            assert loaded.config.dilation is dilation
+            assert loaded.report.layout == "Hugging Face"
+
+    def test_without_either_none_is_assumed_and_said(self, states, write, tmp_path: Path):
+        for path in (write(states(levels=1)), _as_hugging_face(states(levels=1), tmp_path)):
+            loaded = load_model(str(path))
+            assert not loaded.config.dilation
+            assert any(NEVER_TOLD_APART in note and str(path) in note for note in loaded.report.notes)
+
+    def test_multi_scale_models_are_not_asked(self, states, write):
+        assert not any(NEVER_TOLD_APART in note for note in load_model(str(write(states()))).report.notes)
+
+    def test_a_preset_overrides(self, tmp_path: Path, monkeypatch):
+        path, undilated = _full_size_single_scale(tmp_path)
+        loaded = load_model(str(path), preset="r50-single-scale-dc5")
+        assert loaded.config == PRESETS["r50-single-scale-dc5"]
+        assert loaded.model.backbone.get_submodule("layer4.0.conv2").stride == (1, 1)
+        assert undilated.model.backbone.get_submodule("layer4.0.conv2").stride == (2, 2)
+
+        # The same file, found under the name of a preset or of its hub id, is that preset.
+        for name, spec in (
+            ("r50-single-scale-dc5.safetensors", "r50-single-scale-dc5"),
+            ("SenseTime--deformable-detr-single-scale-dc5.safetensors", "SenseTime/deformable-detr-single-scale-dc5"),
+        ):
+            folder = tmp_path / spec.replace("/", "-")
+            folder.mkdir()
+            (folder / name).hardlink_to(path)
+            monkeypatch.setenv("DDETR_WEIGHTS", str(folder))
+            assert load_model(spec).config.dilation
+
+
+class TestClasses:
+    @pytest.mark.parametrize("classes", [91])
+    def test_91_logits_are_cocos(self, states, write, classes: int):
+        assert load_model(str(write(states(classes=classes)))).classes == COCO_TABLE
+
+    def test_another_count_without_names_is_numbered(self, states, write):
+        loaded = load_model(str(write(states())))
+        assert loaded.classes == ClassTable((0, 1, 2, 3, 4), (None,) * 5)
+        assert loaded.classes.name(3) == "class 3"
+
+    def test_hugging_faces_names_are_taken(self, states, tmp_path: Path):
+        path = _as_hugging_face(states(), tmp_path)
+        names = {str(i): f"thing {i}" for i in range(5)}
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "deformable_detr", "id2label": names}))
+        assert load_model(str(path)).classes.names == tuple(names.values())
+
+    @pytest.mark.parametrize("config", ["nonsense", "[]", '{"model_type": "detr", "id2label": {"0": "x"}}',
+                                        '{"model_type": "deformable_detr", "id2label": [1]}'])  # fmt: skip
+    def test_a_config_that_makes_no_sense_is_as_good_as_none(self, states, tmp_path: Path, config: str):
+        path = _as_hugging_face(states(), tmp_path)
+        (tmp_path / "config.json").write_text(config)
+        assert load_model(str(path)).classes.names == (None,) * 5
+
+
+class TestWrongWeights:
+    def test_missing_left_over_and_wrong_shaped_tensors_are_listed_five_of_each(self, states, write):
+        state = states()
+        for name in [n for n in state if "encoder.layers.0.norm" in n or "layers.1.cross_attn" in n]:
+            del state[name]
+        state |= {f"strange.{i}": torch.zeros(1) for i in range(7)}
+        state["transformer.reference_points.weight"] = torch.zeros(4, 32)
+        with pytest.raises(CheckpointError) as caught:
+            load_model(str(write(state)))
+        message = str(caught.value)
+        assert "12 missing (transformer.encoder.layers.0.norm1.weight, " in message
+        assert "7 left over (strange.0, strange.1, strange.2, strange.3, strange.4 ...)" in message
+        assert "transformer.reference_points.weight: (4, 32) in the file, (2, 32) in the model" in message
+        assert "this is a 4-level, 7-query, 5-class model" in message
+        assert caught.value.exit_code == 5
+
+    @pytest.mark.parametrize(
+        ("changes", "preset", "guess"),
+        [
+            ({"levels": 1}, "r50", "this is a single-scale, 7-query, 5-class model"),
+            ({"refine_boxes": True, "two_stage": True}, "r50-refine", "this is a 4-level, two-stage, 5-class model"),
+            ({"refine_boxes": True}, "r50", "this is a 4-level, box-refining, 7-query, 5-class model"),
+        ],
+    )
+    def test_a_file_of_another_variant_than_named_is_refused_with_a_guess(
+        self, states, write, changes, preset, guess
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            load_model(str(write(states(**changes))), preset=preset)
+        assert f"does not fit {preset} ({guess})" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("names", "guess"),
+        [
+            (["backbone.0.body.conv1.weight", "input_proj.weight", "query_embed.weight"], "DETR without deformable"),
+            (["conv1.weight", "layer4.2.bn3.bias", "fc.weight"], "an image classifier"),
+            (["rpn.head.conv.weight", "roi_heads.box_head.fc6.weight"], "a Faster R-CNN"),
+            (["neck.convs.0.conv.weight", "bbox_head.cls_branches.0.bias"], "detrex or mmdetection"),
+            (["a", "b", "c", "d"], "its tensors are 'a', 'b', 'c'"),
+            ([], "it holds no tensors"),
+        ],
+    )
+    def test_other_models_are_named(self, write, names: list[str], guess: str):
+        with pytest.raises(CheckpointError, match="not a Deformable DETR") as caught:
+            load_model(str(write({name: torch.zeros(1) for name in names})))
+        assert guess in str(caught.value)
+
+    def test_half_a_model_is_refused(self, states, write):
+        state = {name: t for name, t in states().items() if "input_proj" not in name}
+        with pytest.raises(CheckpointError, match="parts of the model are missing"):
+            load_model(str(write(state)))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_numbers_that_are_not_finite_are_refused_by_the_tensors_name(self, states, write, value: float):
+        state = states()
+        state["input_proj.2.0.weight"] = state["input_proj.2.0.weight"].clone()
+        state["input_proj.2.0.weight"][3, 2] = value
+        with pytest.raises(CheckpointError, match=r"input_proj\.2\.0\.weight holds NaN or infinity"):
+            load_model(str(write(state)))
+
+    def test_integers_where_numbers_belong_are_refused(self, states, write):
+        state = states()
+        state["query_embed.weight"] = state["query_embed.weight"].to(torch.int8)
+        with pytest.raises(CheckpointError, match="of integers in the file"):
+            load_model(str(write(state)))
+
+    @pytest.mark.parametrize("arguments", [{"nheads": 0}, {"nheads": 7}, {"dropout": 3.0}, {"enc_n_points": 10**9}])
+    def test_stored_arguments_that_cannot_be_are_refused(self, states, write, arguments):
+        with pytest.raises(CheckpointError, match="model configuration"):
+            load_model(str(write(states(), **arguments)))
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            ({"position_embedding": "learned"}, "position_embedding: is 'learned'"),
+            ({"enc_n_points": 4, "dec_n_points": 8}, "enc_n_points and dec_n_points: differ"),
+        ],
+    )
+    def test_models_that_compute_otherwise_are_refused_though_their_tensors_fit(
+        self, states, write, arguments, named
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            load_model(str(write(states(), **arguments)))
+
+    def test_an_unknown_preset_is_a_usage_error(self, tmp_path: Path):
+        with pytest.raises(UsageError, match="Choose one of"):
+            load_model(str(_tiny_file(tmp_path / "x.safetensors")), preset="r51")
+
+
+def test_a_foreign_file_is_said_to_carry_no_checksum(states, write):
+    path = write(states())
+    assert any(f"{path}: carries no checksum" in note for note in load_model(str(path)).report.notes)
+
+
+def test_the_report_is_a_table_of_lines(tmp_path: Path):
+    path = _tiny_file(tmp_path / "best.safetensors")
+    report = load_model(str(tmp_path)).report
+    lines = report.table()
+    assert lines[0].split() == ["file", str(path)]
+    assert [line[:12].rstrip() for line in lines] == [
+        "file", "layout", "variant", "loaded", "missing", "left over", "wrong shape", "ignored",
+    ]  # fmt: skip
+    assert lines[3].split() == ["loaded", str(report.loaded), "tensors"]
+    longer = replace(report, missing=tuple(f"m{i}" for i in range(8))).table()
+    assert "  missing: m4" in longer and "  missing: m5" not in longer and "  missing: and 3 more" in longer
+
+
+def test_the_packaged_demo_loads():
+    demo = Path(load_model.__code__.co_filename).with_name("demo.safetensors")
+    if not demo.is_file():
+        pytest.skip("the demo checkpoint is not packaged yet")
+    loaded = load_model("demo")
+    assert loaded.source == demo
+    assert len(loaded.classes) == loaded.config.classes
+    assert demo.stat().st_size < 15_000_000
+
+
+def _as_hugging_face(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    """The state under Hugging Face's v4 names, as a safetensors file."""
+    renames: list[tuple[str, str]] = [
+        ("backbone.0.body.", "model.backbone.conv_encoder.model."), ("input_proj.", "model.input_proj."),
+        ("query_embed.", "model.query_position_embeddings."), ("transformer.", "model."),
+        (".linear1.", ".fc1."), (".linear2.", ".fc2."), (".cross_attn.", ".encoder_attn."),
+    ]  # fmt: skip
+    norms = {
+        "encoder": {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"},
+        "decoder": {"norm1": "encoder_attn_layer_norm", "norm2": "self_attn_layer_norm", "norm3": "final_layer_norm"},
+    }
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        for old, new in renames:
+            name = (
+                new + name.removeprefix(old)
+                if name.startswith(old)
+                else name.replace(old, new)
+                if old[0] == "."
+                else name
+            )
+        for part, table in norms.items():
+            for old, new in table.items():
+                name = name.replace(f".{old}.", f".{new}.") if f"{part}.layers" in name else name
+        if ".self_attn.in_proj_" in name:
+            head, _, kind = name.rpartition(".in_proj_")
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                out[f"{head}.{letter}_proj.{kind}"] = third.contiguous()
+        else:
+            out[name] = tensor.clone()
+    safetensors.torch.save_file(out, folder / "model.safetensors", {"format": "pt"})
+    return folder / "model.safetensors"
+
+
+def _full_size_single_scale(folder: Path) -> tuple[Path, object]:
+    torch.manual_seed(0)
+    model = build_detector(PRESETS["r50-single-scale"])
+    state = to_authors({name: t.half() for name, t in model.state_dict().items()}, PRESETS["r50-single-scale"])
+    path = folder / "single.safetensors"
+    safetensors.torch.save_file({name: tensor.clone() for name, tensor in state.items()}, path)
+    return path, load_model(str(path))
