@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from ddetr_cli.atomic import AtomicFile, check_writable, ignores_case, remove_leftovers, write_atomically
-from ddetr_cli.errors import OutputError
+from ddetr_cli.atomic import (
+    AtomicFile,
+    check_new_folder,
+    check_writable,
+    ignores_case,
+    remove_leftovers,
+    write_atomically,
+)
+from ddetr_cli.errors import OutputError, UsageError
 
 
 def test_a_file_has_its_name_only_once_it_is_complete(tmp_path: Path) -> None:
@@ -84,6 +91,18 @@ def test_checking_a_folder_leaves_no_trace_of_it(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     check_writable(tmp_path / "a")
     assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_an_output_folder_is_new_or_overwritten_and_never_a_file(tmp_path: Path) -> None:
+    check_new_folder(tmp_path / "new", overwrite=False)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(OutputError, match=r"exists already\. Choose another --output, or pass --overwrite"):
+        check_new_folder(tmp_path, overwrite=False)
+    check_new_folder(tmp_path, overwrite=True)
+    (tmp_path / "file").write_bytes(b"")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="--output takes a folder"):
+            check_new_folder(tmp_path / "file", overwrite=overwrite)
 
 
 def test_a_folder_below_a_file_cannot_be_written(tmp_path: Path) -> None:

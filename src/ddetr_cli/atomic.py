@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ddetr_cli.errors import OutputError
+from ddetr_cli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,6 +100,19 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def write_json(path: Path, value: Any) -> None:
     """``value`` as indented JSON at ``path``; NaN and Infinity, which JSON has not, raise ValueError."""
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode(), durable=True)
+
+
+def check_new_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise unless ``folder`` can be a command's output: absent or, with ``overwrite``, a folder; and writable.
+
+    UsageError for a file, OutputError for the rest; leaves nothing behind.
+    """
+    with _refusals(folder):  # a folder on the way that may not be searched
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder}: a file (--output takes a folder). Choose another name.")
+        if folder.exists() and not overwrite:
+            raise OutputError(f"{folder}: exists already. Choose another --output, or pass --overwrite.")
+    check_writable(folder)
 
 
 def check_writable(folder: Path) -> None:

@@ -116,9 +116,15 @@ class TestDilation:
 
 
 class TestClasses:
-    @pytest.mark.parametrize("classes", [91])
-    def test_91_logits_are_cocos(self, states, write, classes: int):
-        assert load_model(str(write(states(classes=classes)))).classes == COCO_TABLE
+    def test_91_logits_are_cocos(self, states, write):
+        assert load_model(str(write(states(classes=91)))).classes == COCO_TABLE
+
+    @pytest.mark.parametrize(("form", "is_coco"), [("LABEL_{}", True), ("plankton {}", False)])
+    def test_91_classes_of_somebody_elses_are_told_by_their_names(self, states, tmp_path: Path, form, is_coco):
+        path = _as_hugging_face(states(classes=91), tmp_path)
+        names = {str(i): form.format(i) for i in range(91)}
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "deformable_detr", "id2label": names}))
+        assert (load_model(str(path)).classes == COCO_TABLE) == is_coco
 
     def test_another_count_without_names_is_numbered(self, states, write):
         loaded = load_model(str(write(states())))

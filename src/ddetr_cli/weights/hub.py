@@ -85,10 +85,14 @@ def find_backbone(spec: str | None, announce: Announce | None = None) -> Path:
         for suffix in (".safetensors", ".pth"):
             if (file := folder / f"{BACKBONE_NAME}{suffix}").is_file():
                 return file
+    from huggingface_hub import constants
+
     target = folders[0] / f"{BACKBONE_NAME}.pth"
-    if announce is not None:
-        announce(f"downloading {BACKBONE_URL}")
     try:
+        if constants.HF_HUB_OFFLINE:  # another server, but the same wish
+            raise OSError("HF_HUB_OFFLINE is set")
+        if announce is not None:
+            announce(f"downloading {BACKBONE_URL}")
         _fetch(BACKBONE_URL, target)
     except (OSError, urllib.error.URLError) as error:
         raise CheckpointError(

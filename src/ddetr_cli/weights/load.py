@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddetr_cli.classes import COCO_TABLE, ClassTable
+from ddetr_cli.classes import COCO_NAMES, COCO_TABLE, ClassTable
 from ddetr_cli.errors import CheckpointError
 from ddetr_cli.model.detector import DeformableDetr, build_detector
 from ddetr_cli.presets import PRESETS, ModelConfig, get_preset
@@ -148,14 +148,18 @@ def _hub_config(path: Path) -> Mapping[str, Any]:
 
 
 def _classes(count: int, facts: Mapping[str, Any]) -> ClassTable:
-    """The class table of a file that stores none: COCO's for 91 logits, else Hugging Face's names where given."""
-    if count == len(COCO_TABLE):
-        return COCO_TABLE
+    """The class table of a file that stores none: COCO's for 91 logits, else Hugging Face's names where given.
+
+    91 classes of somebody else's are told by their names: none is one of COCO's, nor Hugging Face's LABEL_0.
+    """
     names = facts.get("id2label")
     if not isinstance(names, dict) or len(names) != count:
         names = {}
-    given = [names.get(str(index)) for index in range(count)]
-    return ClassTable(tuple(range(count)), tuple(name if isinstance(name, str) else None for name in given))
+    given = [name if isinstance(name := names.get(str(index)), str) else None for index in range(count)]
+    known = {*COCO_NAMES.values(), "LABEL_0", None}
+    if count == len(COCO_TABLE) and not known.isdisjoint(given):
+        return COCO_TABLE
+    return ClassTable(tuple(range(count)), tuple(given))
 
 
 def _skeleton(config: ModelConfig) -> DeformableDetr:

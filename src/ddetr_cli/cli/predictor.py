@@ -1,0 +1,100 @@
+"""What ``detect`` and ``eval`` share: the options that choose a model and how it computes, and the predictor of them.
+
+Each option is one annotated type, so that both commands take it under one name, range and help text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ddetr_cli.cli import console
+from ddetr_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from ddetr_cli.inference.predictor import Predictor
+    from ddetr_cli.weights import LoadedModel
+
+DEFAULT_MODEL = "r50"
+MODEL_HELP = "Checkpoint file, training run, 'demo', preset or hub id."
+
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        "--batch-size",
+        "-b",
+        min=1,
+        max=1024,
+        help="Images that share a run on a GPU, if of equal size; on the CPU each runs alone in any case.",
+    ),
+]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        "--image-size",
+        min=16,
+        max=8192,
+        show_default="the checkpoint's",
+        help="Short side in pixels of what the model sees; the long side is capped at 1333/800 of it.",
+    ),
+]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"], typer.Option("--precision", help="Arithmetic of the model.")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="PRESET", help="Variant of the model, where its file cannot tell."),
+]
+
+
+def check_model_options(model: str, *, device: str, preset: str | None) -> None:
+    """Raise UsageError for values that cannot mean anything, before anything heavy is imported."""
+    if not model:
+        raise UsageError("--model: empty. Give a file, 'demo', a preset or a hub id.")
+    from ddetr_cli.inference.device import check_device_name
+
+    check_device_name(device)
+    if preset is not None:
+        from ddetr_cli.presets import get_preset
+
+        get_preset(preset)
+
+
+def open_predictor(
+    model: str,
+    *,
+    preset: str | None,
+    device: str,
+    precision: str,
+    image_size: int | None,
+    batch_size: int,
+    quiet: bool = False,
+) -> tuple[LoadedModel, Predictor]:
+    """The model and its predictor on the device; tells on stderr what was loaded and how it will compute."""
+    from ddetr_cli.inference.device import resolve_device
+    from ddetr_cli.inference.predictor import Predictor
+    from ddetr_cli.weights import load_model
+
+    # First, because it takes an instant to refuse a device and minutes to download a model.
+    resolved = resolve_device(device, on_notice=console.say_warning)
+    loaded = load_model(model, preset=preset, announce=None if quiet else console.say)
+    report = loaded.report
+    for note in report.notes:
+        console.say_warning(note)
+    predictor = Predictor(
+        loaded,
+        device=resolved,
+        precision=precision,
+        image_size=image_size,
+        batch_size=batch_size,
+        on_notice=console.say_warning,
+    )
+    if not quiet:
+        console.say(
+            f"model: {loaded.source} ({loaded.config.preset}, {len(loaded.classes)} classes): "
+            f"{report.loaded} tensors loaded, {len(report.missing)} missing, {len(report.left_over)} left over; "
+            f"{predictor.device}, {predictor.precision}, short side {predictor.image_size}"
+        )
+    return loaded, predictor
