@@ -1,0 +1,76 @@
+"""Bipartite matching of predictions to objects. Source: arXiv:2005.12872, section 3.1, with a focal class cost.
+
+# B batch, Q queries, K classes, T objects of one image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from ddetr_cli.boxes import cxcywh_to_xyxy, generalized_iou
+
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv:1708.02002; the authors hard-code both
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one image holds: labels (T,) class indices, boxes_cxcywh (T,4) in [0,1]."""
+
+    labels: Tensor
+    boxes_cxcywh: Tensor
+
+    def to(self, device: torch.device) -> Target:
+        """The same on another device."""
+        return Target(self.labels.to(device), self.boxes_cxcywh.to(device))
+
+
+@dataclass(frozen=True)
+class MatchCost:
+    """Weights of the three costs."""
+
+    classes: float = 2.0
+    l1: float = 5.0
+    giou: float = 2.0
+
+
+@torch.no_grad()
+def match(
+    layers: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Target], cost: MatchCost = MatchCost()
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """For each layer and image the matched (query indices, object indices), each (min(Q,T),), on the CPU.
+
+    ``layers`` holds (logits (B,Q,K), boxes_cxcywh (B,Q,4)) pairs; Q may differ between them. All cost matrices cross
+    to the host in one copy. A cost that is not finite counts as the worst, so that a diverging step still matches.
+    """
+    costs = [
+        _cost_matrix(logits[b], boxes[b], target, cost)
+        for logits, boxes in layers
+        for b, target in enumerate(targets)
+    ]
+    host = torch.cat([c.flatten() for c in costs]).cpu().numpy() if costs else np.empty(0)
+    pairs, start = [], 0
+    for matrix in costs:
+        block = host[start : start + matrix.numel()].reshape(matrix.shape)
+        start += matrix.numel()
+        queries, objects = linear_sum_assignment(np.nan_to_num(block, nan=1e9, posinf=1e9, neginf=1e9))
+        pairs.append((torch.from_numpy(queries), torch.from_numpy(objects)))
+    B = len(targets)
+    return [pairs[i * B : (i + 1) * B] for i in range(len(layers))]
+
+
+def _cost_matrix(logits: Tensor, boxes_cxcywh: Tensor, target: Target, cost: MatchCost) -> Tensor:
+    """Cost (Q,T) of giving each object to each query of one image."""
+    dtype = torch.promote_types(boxes_cxcywh.dtype, torch.float32)
+    boxes, wanted = boxes_cxcywh.to(dtype), target.boxes_cxcywh.to(dtype)
+    p = logits.to(dtype).sigmoid()[:, target.labels]
+    positive = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -(p + 1e-8).log()
+    negative = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p + 1e-8).log()
+    l1 = torch.cdist(boxes, wanted, p=1)
+    giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
+    return cost.l1 * l1 + cost.classes * (positive - negative) - cost.giou * giou

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from ddetr_cli.data.coco import read_annotations
+from ddetr_cli.errors import DatasetError
+from ddetr_cli.train.dataset import BatchSampler, TrainingSet, collate, read_batches
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    images, annotations = [], []
+    for i in range(6):
+        Image.new("RGB", (80, 60), (40 * i, 100, 100)).save(tmp_path / "images" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": 80, "height": 60})
+        annotations.append({"id": i + 1, "image_id": i, "category_id": 7, "bbox": [10, 10, 20, 20], "iscrowd": 0})
+    annotations.append({"id": 99, "image_id": 0, "category_id": 7, "bbox": [0, 0, 80, 60], "iscrowd": 1})
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "cell"}]}
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def _set(data: Path, seed: int = 1) -> TrainingSet:
+    annotations = read_annotations(data / "train.json", purpose="train")
+    classes = annotations.class_table()
+    return TrainingSet(annotations, data / "images", classes, augmentation="jitter", image_size=64, seed=seed)
+
+
+def test_a_sample_follows_from_seed_epoch_and_index_alone(data: Path) -> None:
+    first, second = _set(data), _set(data)
+    second[0], second[5]
+    assert torch.equal(first[3][0], second[3][0])
+    second.epoch = 1
+    assert not torch.equal(first[3][0], second[3][0])
+    assert not torch.equal(first[3][0], _set(data, seed=2)[3][0])
+
+
+def test_a_damaged_picture_is_named_whether_a_worker_reads_it_or_not(data: Path) -> None:
+    (data / "images" / "2.png").write_bytes(b"not a picture")
+    for workers in (0, 1):
+        loader = DataLoader(_set(data), batch_size=6, collate_fn=collate, num_workers=workers)
+        with pytest.raises(DatasetError) as caught:
+            list(read_batches(loader))
+        assert str(caught.value).startswith(str(data / "images" / "2.png"))
+        assert "\n" not in str(caught.value)
+
+
+def test_boxes_are_clipped_to_the_picture_and_empty_ones_dropped(data: Path) -> None:
+    dataset = _set(data)
+    boxes = [(-10.0, 5.0, 30.0, 20.0), (70.0, 50.0, 50.0, 50.0), (80.0, 10.0, 5.0, 5.0), (3.0, 3.0, 0.0, 4.0)]
+    found = dataset.annotations.annotations[1]
+    objects = tuple(replace(found, id=i, bbox_xywh=box) for i, box in enumerate(boxes))
+    dataset.annotations = replace(dataset.annotations, annotations=objects)
+    assert dataset._read(1).boxes_xyxy_px.tolist() == [[0.0, 5.0, 20.0, 25.0], [70.0, 50.0, 80.0, 60.0]]
+
+
+def test_crowds_are_not_objects_to_find(data: Path) -> None:
+    dataset = _set(data)
+    assert len(dataset.annotations.by_image[0]) == 2
+    assert dataset._read(0).boxes_xyxy_px.tolist() == [[10.0, 10.0, 30.0, 30.0]]
+
+
+def test_labels_are_ranks_and_boxes_are_fractions(data: Path) -> None:
+    pixels, target = _set(data)[1]
+    assert pixels.shape == (3, 64, 85)  # 80:60 at short side 64
+    assert target.labels.tolist() == [0]
+    assert ((target.boxes_cxcywh >= 0) & (target.boxes_cxcywh <= 1)).all()
+
+
+def test_a_batch_of_one_size_carries_no_padding(data: Path) -> None:
+    dataset = _set(data)
+    assert collate([dataset[0], dataset[1]]).is_padding is None
+    smaller = dataset[1][0][:, :32], dataset[1][1]
+    batch = collate([dataset[0], smaller])
+    assert batch.pixels.shape == (2, 3, 64, 96)  # in steps of 32
+    assert batch.is_padding is not None and batch.is_padding.sum() == 64 * 11 + 64 * 96 - 32 * 85
+
+
+def test_the_order_of_an_epoch_follows_from_seed_and_epoch() -> None:
+    sampler = BatchSampler([1.0] * 50, 4, seed=3)
+    first = list(sampler)
+    assert list(sampler) == first
+    assert len(first) == len(sampler) == 12 and all(len(batch) == 4 for batch in first)
+    assert len({index for batch in first for index in batch}) == 48
+    sampler.epoch = 1
+    assert list(sampler) != first
+
+
+def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
+    assert [sorted(batch) for batch in BatchSampler([1.0, 2.0], 4, seed=3)] == [[0, 1]]
+
+
+def test_portraits_and_landscapes_do_not_share_batches() -> None:
+    aspects = [0.75, 1.5] * 64
+    mixed = sum(len({aspects[index] for index in batch}) > 1 for batch in BatchSampler(aspects, 4, seed=1))
+    # At most one batch of each of the two windows holds the border between them.
+    assert mixed <= 2
