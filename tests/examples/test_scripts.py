@@ -1,0 +1,162 @@
+"""Every example is run as its reader would run it, with small inputs and an untrained model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ENTRY = "import sys; from ddetr_cli.cli.app import main; sys.exit(main())"
+
+QUERIES, CLASSES = 6, ("circle", "square")
+ROWS_PER_IMAGE = QUERIES * len(CLASSES)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment whose ``ddetr`` and ``python3`` are those under test, installed or not."""
+    folder = tmp_path_factory.mktemp("bin")
+    for name, arguments in (("ddetr", f"-c '{ENTRY}'"), ("python3", ""), ("python", "")):
+        script = folder / name
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+        script.chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained detector of two classes: at threshold 0 it finds a known number of things in any picture."""
+    from ddetr_cli.classes import ClassTable
+    from ddetr_cli.model.detector import build_detector
+    from ddetr_cli.presets import get_preset
+    from ddetr_cli.weights import save_checkpoint
+
+    path = tmp_path_factory.mktemp("model") / "untrained.safetensors"
+    config = get_preset("tiny", classes=len(CLASSES), queries=QUERIES, image_size=64)
+    save_checkpoint(path, build_detector(config), ClassTable((1, 2), CLASSES))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (80, 60), (90, 120, 150)).save(folder / name)
+    return folder
+
+
+def run(command: list[str | Path], environment: dict[str, str], **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command], env={**environment, **more}, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+
+
+def test_detect_folder_counts_what_was_found(
+    environment: dict[str, str], model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = run(
+        [EXAMPLES / "detect_folder.sh", pictures, out], environment, MODEL=str(model), THRESHOLD="0"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    counts = {name: int(count) for count, name in (line.split() for line in done.stdout.splitlines()[-2:])}
+    assert counts == dict.fromkeys(CLASSES, 2 * ROWS_PER_IMAGE // 2)
+
+
+def test_detect_folder_goes_on_after_a_bad_picture_and_says_so(
+    environment: dict[str, str], model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "good.png").write_bytes((pictures / "a.png").read_bytes())
+    (folder / "bad.png").write_bytes(b"no picture")
+    done = run(
+        [EXAMPLES / "detect_folder.sh", folder, tmp_path / "out"], environment, MODEL=str(model), THRESHOLD="0"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "could not be read" in done.stderr
+    assert "bad.png" in done.stderr
+
+
+def test_detect_folder_ends_with_the_exit_code_of_ddetr(
+    environment: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "model.pth"
+    page.write_text("<html>")
+    done = run([EXAMPLES / "detect_folder.sh", pictures, tmp_path / "out"], environment, MODEL=str(page))
+    assert done.returncode == 5
+
+
+def test_boxes_to_csv_has_one_row_for_every_detection(
+    environment: dict[str, str], model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = run(["ddetr", "detect", pictures, "--model", model, "--threshold", "0", "--output", out], environment)
+    assert done.returncode == 0, done.stderr
+    done = run(["python3", EXAMPLES / "boxes_to_csv.py", out], environment)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    detections = json.loads((out / "detections.json").read_text())
+    assert len(rows) == len(detections) == 2 * ROWS_PER_IMAGE
+    assert {Path(row["file"]).name for row in rows} == {"a.png", "b.png"}
+    assert [float(row["left"]) for row in rows] == [found["bbox"][0] for found in detections]
+
+
+def test_count_objects_counts_only_scores_from_the_threshold_on(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "images.json").write_text(
+        json.dumps({"categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}]})
+    )
+    scores = [(7, 0.9), (7, 0.5), (7, 0.49), (9, 0.8), (9, 0.1)]
+    (tmp_path / "detections.json").write_text(json.dumps([{"category_id": c, "score": s} for c, s in scores]))
+    done = run(["python3", EXAMPLES / "count_objects.py", tmp_path], environment)
+    assert done.stdout.split() == ["2", "cat", "1", "dog"]
+
+
+def test_train_on_scenes_ends_with_the_scores_of_a_trained_model(environment: dict[str, str], tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    options = ["--epochs", "1", "--image-size", "64", "--batch-size", "2", "--device", "cpu"]
+    done = run([EXAMPLES / "train_on_scenes.sh", work, *options], environment, TRAIN="4", VAL="2")
+    assert done.returncode == 0, done.stderr
+    assert (work / "run" / "best.safetensors").is_file()
+    assert {"AP", "AP50", "per_class"} <= set(json.loads((work / "scores" / "metrics.json").read_text()))
+
+
+@pytest.mark.parametrize("name", ["detect_folder.sh", "train_on_scenes.sh", "boxes_to_csv.py"])
+def test_an_example_without_arguments_says_how_it_is_used(name: str, environment: dict[str, str]) -> None:
+    script = EXAMPLES / name
+    done = run([script] if name.endswith(".sh") else ["python3", script], environment)
+    assert done.returncode != 0
+    assert "usage:" in done.stderr
+
+
+def test_shrink_checkpoint_halves_a_model_that_still_loads(
+    model: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    from ddetr_cli.weights import load_model
+
+    small = tmp_path / "small.safetensors"
+    done = run([EXAMPLES / "shrink_checkpoint.py", model, small], environment)
+    assert done.returncode == 0, done.stderr
+    assert small.stat().st_size < 0.55 * model.stat().st_size
+    assert load_model(str(small)).classes.names == CLASSES
+
+
+def test_every_example_is_in_the_table_of_the_readme() -> None:
+    readme = (EXAMPLES / "README.md").read_text()
+    files = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")}
+    assert all(f"`{name}`" in readme for name in files)
+    assert files == {
+        "make_scenes.py",
+        "detect_folder.sh",
+        "count_objects.py",
+        "boxes_to_csv.py",
+        "train_on_scenes.sh",
+    }
