@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A process for each core, each with one thread; the tests of a file stay together and share what they build.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 PYTEST_ARGS ?=
 BENCH_ARGS ?= --models r50-single-scale,r50-single-scale-dc5,r50,r50-refine,r50-two-stage,tiny --image-size 800x1066 --rounds 5
 
@@ -47,10 +49,10 @@ demo: $(VENV)/.installed
 	@echo 'The pictures are in out/annotated, the boxes in out/detections.json.'
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
