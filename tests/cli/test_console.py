@@ -140,16 +140,20 @@ def test_a_dumb_terminal_is_not_interactive(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_first_signal_asks_and_the_second_one_stops(number: signal.Signals, code: int) -> None:
-    before = signal.getsignal(number)
-    with console.StopSignals() as stop:
-        assert not stop.requested
-        assert stop.exit_code == 0
-        os.kill(os.getpid(), number)
-        assert stop.requested
-        assert stop.exit_code == code
-        with pytest.raises((KeyboardInterrupt, console.Terminated)):
+    # Whoever started the tests may have had SIGINT ignored: every job that a shell script puts into the background.
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with console.StopSignals() as stop:
+            assert not stop.requested
+            assert stop.exit_code == 0
             os.kill(os.getpid(), number)
-    assert signal.getsignal(number) is before
+            assert stop.requested
+            assert stop.exit_code == code
+            with pytest.raises((KeyboardInterrupt, console.Terminated)):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_signal_the_shell_told_us_to_ignore_stays_ignored() -> None:

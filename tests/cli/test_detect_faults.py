@@ -105,7 +105,10 @@ def test_a_signal_finishes_the_image_saves_what_is_done_and_names_the_rest(
     many_photos(tmp_path / "in", 2000)
     output = tmp_path / "out"
     command = [sys.executable, "-c", RUN, "detect", str(tmp_path / "in"), "-m", model, "-o", str(output), "-t", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Not as inherited: a shell has its background jobs ignore SIGINT.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)
+    )
     try:
         deadline = time.monotonic() + 240  # importing torch on a loaded machine
         while not (output / "annotated").exists() and time.monotonic() < deadline:

@@ -176,9 +176,10 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_other_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_does_not_exist_is_an_output_error(model: DeformableDetr, tmp_path: Path):
-    with pytest.raises(OutputError, match="cannot be written"):
-        save_checkpoint(tmp_path / "absent" / "x.safetensors", model, CLASSES)
+def test_a_place_that_cannot_be_written_is_an_output_error(model: DeformableDetr, tmp_path: Path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OutputError, match="not written"):
+        save_checkpoint(tmp_path / "file" / "x.safetensors", model, CLASSES)
 
 
 def test_extra_metadata_is_stored_and_does_not_disturb(model: DeformableDetr, tmp_path: Path):
