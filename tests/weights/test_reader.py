@@ -35,7 +35,7 @@ def _refusal(path: Path) -> str:
         (b"\n <!DOCTYPE html><html>404</html>", "an HTML page"),
         (b"<html>403</html>", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
-        (gzip.compress(b"x" * 100), "gzip-compressed"),
+        (gzip.compress(b"x" * 100, mtime=0), "gzip-compressed"),
         (bytes(range(256)) * 8, "unknown content"),
         (bytes(4096), "unknown content"),
     ],
