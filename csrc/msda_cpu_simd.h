@@ -1,13 +1,17 @@
-// Vectors of the widest registers this file is compiled for, and the 16-bit storage types.
+// Vectors of the widest registers this file is compiled for, and the 16-bit
+// storage types.
 //
-// GCC's and clang's vector extensions, so that one source serves x86 and Arm; intrinsics only where the extension has
-// no word for it (fused multiply-add, half precision). All private to the translation unit, as in bilinear.h.
+// GCC's and clang's vector extensions, so that one source serves x86 and Arm;
+// intrinsics only where the extension has no word for it (fused multiply-add,
+// half precision). All private to the translation unit, as in bilinear.h.
 #ifndef DDETR_MSDA_CPU_SIMD_H
 #define DDETR_MSDA_CPU_SIMD_H
 
 #include <stdint.h>
 #include <string.h>
 
+#include <cmath>
+#include <limits>
 #include <type_traits>
 
 #if defined(__AVX2__)
@@ -27,7 +31,8 @@ constexpr int kVectorBytes = 16;
 #endif
 
 #define DDETR_INLINE inline __attribute__((always_inline))
-// Loops that vectorise by themselves and run once per row: one copy of each keeps the build short.
+// Loops that vectorise by themselves and run once per row: one copy of each
+// keeps the build short.
 #define DDETR_NOINLINE __attribute__((noinline))
 
 using FloatVec __attribute__((vector_size(kVectorBytes))) = float;
@@ -88,7 +93,8 @@ DDETR_INLINE float to_real(Bfloat16 x) {
     return bits_as<float>(static_cast<uint32_t>(x.bits) << 16);
 }
 DDETR_INLINE float to_real(Half x) {
-    // Read as a float, the exponent is too small by 112; the product also normalises subnormals.
+    // Read as a float, the exponent is too small by 112; the product also
+    // normalises subnormals.
     const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
     uint32_t bits = bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f);
     if (magnitude >= 0x0f800000u) bits |= 0x7f800000u;  // infinity and NaN
@@ -115,7 +121,8 @@ DDETR_INLINE void from_real(float x, Half* to) {
     } else if (bits >= 0x477ff000u) {
         half = 0x7c00u;  // 65520 and more round to infinity
     } else if (bits < 0x38800000u) {
-        // Below 2^-14 the halves are the multiples of 2^-24, which is the spacing of floats at 0.5.
+        // Below 2^-14 the halves are the multiples of 2^-24, which is the spacing
+        // of floats at 0.5.
         half = bits_as<uint32_t>(bits_as<float>(bits) + 0.5f) - 0x3f000000u;
     } else {
         half = (bits + 0xfffu + (bits >> 13 & 1) - 0x38000000u) >> 13;
@@ -162,6 +169,33 @@ DDETR_INLINE void store(Vec<R> v, R* to) {
     memcpy(to, &v, sizeof(v));
 }
 
+DDETR_INLINE void store_rounded(FloatVec v, float* to) {
+    memcpy(to, &v, sizeof(v));
+}
+DDETR_INLINE void store_rounded(DoubleVec v, double* to) {
+    memcpy(to, &v, sizeof(v));
+}
+// The bits of each lane rounded to bfloat16, in the lower halves of the words.
+DDETR_INLINE WordVec bfloat16_bits(FloatVec v) {
+    const WordVec bits = bits_as<WordVec>(v);
+    const WordVec is_nan = bits_as<WordVec>(v != v);
+    const WordVec rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+    return (is_nan & (bits >> 16 | 0x40u)) | (~is_nan & rounded);
+}
+DDETR_INLINE void store_rounded(FloatVec v, Bfloat16* to) {
+    const ShortVec bits = __builtin_convertvector(bfloat16_bits(v), ShortVec);
+    memcpy(to, &bits, sizeof(bits));
+}
+DDETR_INLINE void store_rounded(FloatVec v, Half* to) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(v), 0));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(bits_as<__m256>(v), 0));
+#else
+    for (int i = 0; i < kLanes<float>; ++i) from_real(v[i], to + i);
+#endif
+}
+
 template <typename R>
 DDETR_INLINE Vec<R> splat(R x) {
     return x - Vec<R>{};
@@ -205,6 +239,73 @@ DDETR_INLINE auto sum_lanes(V v) {
     } else {
         return static_cast<R>(v[0] + v[1]);
     }
+}
+
+template <typename V>
+DDETR_INLINE auto max_lanes(V v) {
+    using R = typename std::remove_reference<decltype(v[0])>::type;
+    constexpr int bytes = sizeof(V);
+    if constexpr (bytes > 16) {
+        using HalfVec __attribute__((vector_size(bytes / 2))) = R;
+        HalfVec parts[2];
+        memcpy(parts, &v, sizeof(v));
+        return max_lanes<HalfVec>(parts[0] > parts[1] ? parts[0] : parts[1]);
+    } else {
+        const R a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+        return static_cast<R>(a > b ? a : b);
+    }
+}
+
+// Sums of the lanes of four vectors, each in the order that sum_lanes has.
+template <typename R>
+DDETR_INLINE void sum_lanes_of_four(const Vec<R>* v, R* sums) {
+    for (int i = 0; i < 4; ++i) sums[i] = sum_lanes(v[i]);
+}
+
+// exp(x) for x <= 0 to 2e-7 of the result, and 0 below -87; NaN stays NaN.
+DDETR_INLINE FloatVec exp_of_negative(FloatVec x) {
+    const FloatVec is_normal = x < -87.0f ? FloatVec{} : splat(1.0f);  // NaN counts as normal
+    const FloatVec power = (x < -87.0f ? FloatVec{} : x) * 1.44269504f;
+    // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+    const FloatVec shifted = power + 0x1.8p23f, f = power - (shifted - 0x1.8p23f);
+    // 2^f on [-1/2, 1/2]: least largest relative error, 2e-9 before rounding
+    FloatVec p = splat(1.53458110e-4f);
+    p = multiply_add(p, f, splat(1.33999309e-3f));
+    p = multiply_add(p, f, splat(9.61848907e-3f));
+    p = multiply_add(p, f, splat(5.55032864e-2f));
+    p = multiply_add(p, f, splat(2.40226462e-1f));
+    p = multiply_add(p, f, splat(6.93147182e-1f));
+    p = multiply_add(p, f, splat(1.0f));
+    const WordVec exponent = (bits_as<WordVec>(shifted) + (127u - 0x4b400000u)) << 23;
+    return p * (bits_as<FloatVec>(exponent) * is_normal);
+}
+
+// exp(x) / sum of exp(x); weights has room up to a multiple of 16.
+DDETR_INLINE void softmax(const float* logits, int64_t count, float* weights) {
+    constexpr int64_t lanes = kLanes<float>;
+    memcpy(weights, logits, count * sizeof(float));
+    const int64_t all = (count + lanes - 1) / lanes * lanes;
+    for (int64_t i = count; i < all; ++i) weights[i] = -std::numeric_limits<float>::infinity();
+    FloatVec most = load(weights);
+    for (int64_t i = lanes; i < all; i += lanes) {
+        const FloatVec x = load(weights + i);
+        most = x > most ? x : most;
+    }
+    const FloatVec largest = splat(max_lanes(most));
+    FloatVec sum = {};
+    for (int64_t i = 0; i < all; i += lanes) {
+        const FloatVec e = exp_of_negative(load(weights + i) - largest);
+        sum += e;
+        store<float>(e, weights + i);
+    }
+    const FloatVec scale = splat(1 / sum_lanes(sum));
+    for (int64_t i = 0; i < all; i += lanes) store<float>(load(weights + i) * scale, weights + i);
+}
+DDETR_INLINE void softmax(const double* logits, int64_t count, double* weights) {
+    double largest = -std::numeric_limits<double>::infinity(), sum = 0;
+    for (int64_t i = 0; i < count; ++i) largest = logits[i] > largest ? logits[i] : largest;
+    for (int64_t i = 0; i < count; ++i) sum += weights[i] = std::exp(logits[i] - largest);
+    for (int64_t i = 0; i < count; ++i) weights[i] /= sum;
 }
 
 }  // namespace

@@ -14,9 +14,10 @@ const char* ddetr_error_string(int32_t code) {
         case DDETR_ERROR_DTYPE:
             return "an unknown storage type";
         case DDETR_ERROR_LEVELS:
-            return "a level of height or width below 1, or levels that do not sum to the number of positions";
-        case DDETR_ERROR_ROWS:
-            return "a range of rows outside the problem";
+            return "a level of height or width below 1, or levels that do not sum to "
+                   "the number of positions";
+        case DDETR_ERROR_SCRATCH:
+            return "scratch memory missing or too small";
         case DDETR_ERROR_ISA:
             return "an instruction set that this processor or this build lacks";
         case DDETR_ERROR_PARALLEL:

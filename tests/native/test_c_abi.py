@@ -86,11 +86,11 @@ def test_the_sanitizers_would_notice(repository: Path, tmp_path: Path) -> None:
     broken = tmp_path / "repository"
     shutil.copytree(repository / "csrc", broken / "csrc")
     shutil.copytree(repository / "tests/native", broken / "tests/native")
-    kernels = broken / "csrc/msda_cpu_kernels.cpp"
+    kernels = broken / "csrc/msda_cpu_points.h"
     text = kernels.read_text(encoding="utf-8")
-    marker = "(c < levels.columns[i])"
+    marker = "cell.line + 1 < block.lines[i]"
     assert marker in text
-    kernels.write_text(text.replace(marker, "(c < levels.columns[i] + 1)"), encoding="utf-8")
+    kernels.write_text(text.replace(marker, "cell.line < block.lines[i]"), encoding="utf-8")
     driver = build_driver(broken, tmp_path, ["-fsanitize=address"], portable_only=True)
     result = subprocess.run([str(driver), "--no-large"], capture_output=True, text=True, timeout=600)
     assert result.returncode != 0

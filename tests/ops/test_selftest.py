@@ -36,6 +36,10 @@ class Fake:
         results = reference.msda_backward(grad_output, *others)
         return tuple(self._spoil(1 + i, result, grad_output.dtype) for i, result in enumerate(results))
 
+    def fused(self, value: Tensor, *others: Any) -> None:
+        *inputs, out = others
+        out.copy_(self._spoil(4, reference.msda_fused(value, *inputs), value.dtype))
+
 
 def check(kernels: Fake) -> None:
     check_kernels(kernels, CPU)  # type: ignore[arg-type]
@@ -47,10 +51,16 @@ def test_right_kernels_pass() -> None:
 
 @pytest.mark.parametrize(
     ("spoilt", "name"),
-    list(enumerate(["output", "gradient of the value", "gradient of the locations", "gradient of the weights"])),
+    [
+        (0, "output in"),
+        (1, "gradient of the value in"),
+        (2, "gradient of the locations in"),
+        (3, "gradient of the weights in"),
+        (4, "output of the fused form in"),
+    ],
 )
 def test_one_wrong_number_of_any_result_is_found_and_named(spoilt: int, name: str) -> None:
-    with pytest.raises(KernelError, match=f"wrong {name} in torch.float32 on cpu"):
+    with pytest.raises(KernelError, match=f"wrong {name} torch.float32 on cpu"):
         check(Fake(spoilt))
 
 

@@ -17,7 +17,7 @@ from ddetr_cli.ops import native, reference, selftest
 
 
 class Kernels(Protocol):
-    """Both directions of the op, on tensors whose shapes, dtypes and devices fit together."""
+    """Both directions of the op and its fused form, on tensors whose shapes, dtypes and devices fit together."""
 
     def forward(self, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor) -> Tensor: ...
 
@@ -25,12 +25,23 @@ class Kernels(Protocol):
         self, grad_output: Tensor, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
+    def fused(
+        self, value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor, out: Tensor
+    ) -> None:
+        """Write ``msda_fused`` of the rest into ``out``."""
+
 
 class ReferenceKernels:
     """The reference in the form of kernels."""
 
     forward = staticmethod(reference.msda_forward)
     backward = staticmethod(reference.msda_backward)
+
+    @staticmethod
+    def fused(
+        value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor, out: Tensor
+    ) -> None:
+        out.copy_(reference.msda_fused(value, level_hw, reference_points, projected))
 
 
 @dataclass(frozen=True)

@@ -52,25 +52,13 @@ def check_arguments(value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor,
             f"msda: value {_shape(value)}, sampling_xy {_shape(sampling_xy)}, weights {_shape(weights)} do not have "
             "the forms (B,S,M,D), (B,Q,M,L,P,2), (B,Q,M,L,P)."
         )
-    b, s, m, _ = value.shape
+    b, _, m, _ = value.shape
     if sampling_xy.shape[:5] != weights.shape or sampling_xy.shape[0] != b or sampling_xy.shape[2] != m:
         raise ShapeError(
             f"msda: value {_shape(value)}, sampling_xy {_shape(sampling_xy)} and weights {_shape(weights)} disagree "
             "on batch, queries, heads, levels or points."
         )
-    if len(level_hw) != 2 * sampling_xy.shape[3]:
-        raise ShapeError(
-            f"msda: level_hw has {len(level_hw)} numbers, not height and width of {sampling_xy.shape[3]} levels."
-        )
-    positions = 0
-    for height, width in zip(level_hw[::2], level_hw[1::2], strict=True):
-        if height < 1 or width < 1:
-            raise ShapeError(f"msda: level_hw {list(level_hw)} holds a height or width below 1.")
-        positions += height * width
-    if positions != s:
-        raise ShapeError(f"msda: level_hw {list(level_hw)} makes {positions} positions, but value has {s}.")
-    if value.dtype not in _STORAGE_DTYPES:
-        raise ShapeError(f"msda: value is {value.dtype}, not float32, float64, float16 or bfloat16.")
+    check_value("msda", value, level_hw, sampling_xy.shape[3])
     real = reference.accumulate_dtype(value.dtype)
     if sampling_xy.dtype != real or weights.dtype != real:
         raise ShapeError(
@@ -82,6 +70,21 @@ def check_arguments(value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor,
             f"msda: value on {value.device}, sampling_xy on {sampling_xy.device}, weights on {weights.device}; all "
             "must be on one device."
         )
+
+
+def check_value(op: str, value: Tensor, level_hw: Sequence[int], levels: int) -> None:
+    """Raise ShapeError, in the name of ``op``, unless dtype and positions of ``value`` (B,S,M,D) fit ``levels``."""
+    if len(level_hw) != 2 * levels:
+        raise ShapeError(f"{op}: level_hw has {len(level_hw)} numbers, not height and width of {levels} levels.")
+    positions, s = 0, value.shape[1]
+    for height, width in zip(level_hw[::2], level_hw[1::2], strict=True):
+        if height < 1 or width < 1:
+            raise ShapeError(f"{op}: level_hw {list(level_hw)} holds a height or width below 1.")
+        positions += height * width
+    if positions != s:
+        raise ShapeError(f"{op}: level_hw {list(level_hw)} makes {positions} positions, but value has {s}.")
+    if value.dtype not in _STORAGE_DTYPES:
+        raise ShapeError(f"{op}: value is {value.dtype}, not float32, float64, float16 or bfloat16.")
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ import torch
 from torch import Tensor
 
 from ddetr_cli.errors import KernelError
+from ddetr_cli.ops import reference
 from ddetr_cli.versions import find_built_file
 
-ABI_VERSION = 1
+ABI_VERSION = 2
+FUSED_MAX_SAMPLES = 512
+MAX_BANDS = 1024
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _ISAS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
@@ -37,19 +41,32 @@ class Dims(ctypes.Structure):
 
 _PROBLEM: list[Any] = [ctypes.POINTER(Dims), _I32, ctypes.POINTER(_I64)]
 
+_STRIDES = ctypes.POINTER(_I64)
+_SCRATCH: list[Any] = [_POINTER, _I64]
+
 # function: (result, arguments)
 PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "ddetr_abi_version": (_I32, []),
     "ddetr_error_string": (_TEXT, [_I32]),
     "ddetr_cpu_isa": (_I32, [_I32]),
-    "ddetr_msda_forward_cpu": (_I32, [*_PROBLEM, *[_POINTER] * 4, _I64, _I64, _I32, _POINTER]),
-    "ddetr_msda_backward_cpu": (_I32, [*_PROBLEM, *[_POINTER] * 7, _I64, _I64, _I32, _POINTER]),
+    "ddetr_msda_forward_cpu": (
+        _I32,
+        [*_PROBLEM, _POINTER, _STRIDES, *[_POINTER] * 3, *_SCRATCH, _I32, _POINTER],
+    ),
+    "ddetr_msda_fused_cpu": (
+        _I32,
+        [*_PROBLEM, *[_POINTER, _STRIDES] * 2, _POINTER, _I32, _POINTER, *_SCRATCH, _I32, _POINTER],
+    ),
+    "ddetr_msda_backward_cpu": (
+        _I32,
+        [*_PROBLEM, *[_POINTER] * 2, _STRIDES, *[_POINTER] * 5, *_SCRATCH, _I64, _I32, _POINTER],
+    ),
     "ddetr_cuda_error_string": (_TEXT, [_I32]),
     "ddetr_msda_forward_cuda": (_I32, [*_PROBLEM, *[_POINTER] * 4, _I32, _POINTER]),
     "ddetr_msda_backward_cuda": (_I32, [*_PROBLEM, *[_POINTER] * 7, _I32, _POINTER]),
 }
 _COMMON = ("ddetr_abi_version", "ddetr_error_string")
-_CPU = ("ddetr_cpu_isa", "ddetr_msda_forward_cpu", "ddetr_msda_backward_cpu")
+_CPU = ("ddetr_cpu_isa", "ddetr_msda_forward_cpu", "ddetr_msda_fused_cpu", "ddetr_msda_backward_cpu")
 _CUDA = ("ddetr_cuda_error_string", "ddetr_msda_forward_cuda", "ddetr_msda_backward_cuda")
 
 
@@ -63,40 +80,84 @@ class CpuKernels:
     parallel_for: int | None  # address of libtorch's, so that the kernels run in torch's own thread pool
 
     def forward(self, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor) -> Tensor:
-        call = _Call(value, level_hw, sampling_xy, weights)
-        output = call.empty_output()
+        _, queries, _, levels, points, _ = sampling_xy.shape
+        value = _with_channels_side_by_side(value)
+        sampling_xy, weights = sampling_xy.contiguous(), weights.contiguous()
+        output = empty_output(value, queries)
+        scratch = _forward_scratch(value, queries * levels * points)
         self._check(
             self.library.ddetr_msda_forward_cpu(
-                *call.problem,
-                *call.inputs,
+                *_problem(value, level_hw, queries, points),
+                value.data_ptr(),
+                _numbers(value.stride()[:3]),
+                sampling_xy.data_ptr(),
+                weights.data_ptr(),
                 output.data_ptr(),
-                0,
-                call.dims.batch * call.dims.heads * call.dims.queries,
+                scratch.data_ptr(),
+                scratch.nbytes,
                 _ISAS[self.isa],
                 self.parallel_for,
             )
         )
         return output
 
-    def backward(
-        self, grad_output: Tensor, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        call = _Call(value, level_hw, sampling_xy, weights)
-        grad_output = grad_output.contiguous()
-        gradients = call.empty_gradients()
+    def fused(
+        self, value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor, out: Tensor
+    ) -> None:
+        _, queries, levels, numbers = reference_points.shape
+        heads = value.shape[2]
+        samples = projected.shape[2] // (3 * heads) if heads > 0 else 0
+        if samples > FUSED_MAX_SAMPLES:
+            sampling_xy, weights = reference.locate_projected(level_hw, reference_points, projected, heads)
+            out.copy_(self.forward(value, level_hw, sampling_xy, weights))
+            return
+        value, reference_points = _with_channels_side_by_side(value), reference_points.contiguous()
+        if projected.stride(2) != 1:
+            projected = projected.contiguous()
+        scratch = _forward_scratch(value, queries * samples)
         self._check(
-            self.library.ddetr_msda_backward_cpu(
-                *call.problem,
-                grad_output.data_ptr(),
-                *call.inputs,
-                *map(Tensor.data_ptr, gradients),
-                0,
-                call.dims.batch * call.dims.heads,
+            self.library.ddetr_msda_fused_cpu(
+                *_problem(value, level_hw, queries, samples // levels if levels > 0 else 0),
+                value.data_ptr(),
+                _numbers(value.stride()[:3]),
+                projected.data_ptr(),
+                _numbers(projected.stride()[:2]),
+                reference_points.data_ptr(),
+                numbers,
+                out.data_ptr(),
+                scratch.data_ptr(),
+                scratch.nbytes,
                 _ISAS[self.isa],
                 self.parallel_for,
             )
         )
-        return gradients[0].to(value.dtype), gradients[1], gradients[2]
+
+    def backward(
+        self, grad_output: Tensor, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, queries, heads, levels, points, _ = sampling_xy.shape
+        value = _with_channels_side_by_side(value)
+        grad_output, sampling_xy, weights = (t.contiguous() for t in (grad_output, sampling_xy, weights))
+        gradients = [_empty(tensor, tensor.shape) for tensor in (value, sampling_xy, weights)]
+        threads = torch.get_num_threads() if self.parallel_for else 1
+        scratch = _backward_scratch(value, queries * levels * points, sampling_xy.element_size(), threads)
+        self._check(
+            self.library.ddetr_msda_backward_cpu(
+                *_problem(value, level_hw, queries, points),
+                grad_output.data_ptr(),
+                value.data_ptr(),
+                _numbers(value.stride()[:3]),
+                sampling_xy.data_ptr(),
+                weights.data_ptr(),
+                *map(Tensor.data_ptr, gradients),
+                scratch.data_ptr(),
+                scratch.nbytes,
+                min(-(-threads // max(heads, 1)), MAX_BANDS),  # enough tasks for every thread
+                _ISAS[self.isa],
+                self.parallel_for,
+            )
+        )
+        return gradients[0], gradients[1], gradients[2]
 
     def _check(self, status: int) -> None:
         if status != 0:
@@ -112,11 +173,13 @@ class CudaKernels:
     library: ctypes.CDLL
 
     def forward(self, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor) -> Tensor:
-        call = _Call(value, level_hw, sampling_xy, weights)
-        output = call.empty_output()
+        value, sampling_xy, weights = (t.contiguous() for t in (value, sampling_xy, weights))
+        output = empty_output(value, sampling_xy.shape[1])
         self._check(
             self.library.ddetr_msda_forward_cuda(
-                *call.problem, *call.inputs, output.data_ptr(), *_device_and_stream(value)
+                *_problem(value, level_hw, sampling_xy.shape[1], sampling_xy.shape[4]),
+                *(tensor.data_ptr() for tensor in (value, sampling_xy, weights, output)),
+                *_device_and_stream(value),
             )
         )
         return output
@@ -124,20 +187,23 @@ class CudaKernels:
     def backward(
         self, grad_output: Tensor, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        call = _Call(value, level_hw, sampling_xy, weights)
-        grad_output = grad_output.contiguous()
-        gradients = call.empty_gradients()
-        gradients[0].zero_()  # the kernel adds to it
+        inputs = [t.contiguous() for t in (grad_output, value, sampling_xy, weights)]
+        # the kernel adds to the first one, in the dtype of the sums
+        gradients = torch.zeros_like(inputs[1], dtype=sampling_xy.dtype), *map(torch.empty_like, inputs[2:])
         self._check(
             self.library.ddetr_msda_backward_cuda(
-                *call.problem,
-                grad_output.data_ptr(),
-                *call.inputs,
-                *map(Tensor.data_ptr, gradients),
+                *_problem(value, level_hw, sampling_xy.shape[1], sampling_xy.shape[4]),
+                *(tensor.data_ptr() for tensor in (*inputs, *gradients)),
                 *_device_and_stream(value),
             )
         )
         return gradients[0].to(value.dtype), gradients[1], gradients[2]
+
+    def fused(
+        self, value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor, out: Tensor
+    ) -> None:
+        sampling_xy, weights = reference.locate_projected(level_hw, reference_points, projected, value.shape[2])
+        out.copy_(self.forward(value, level_hw, sampling_xy, weights))
 
     def _check(self, status: int) -> None:
         if status != 0:
@@ -148,30 +214,78 @@ class CudaKernels:
             )
 
 
-class _Call:
-    """The arguments that every kernel takes, and the memory they point to, kept alive as long as this lives."""
+def _problem(value: Tensor, level_hw: Sequence[int], queries: int, points: int) -> tuple[Dims, int, Any]:
+    """The arguments that every kernel begins with."""
+    batch, positions, heads, channels = value.shape
+    dims = Dims(batch, positions, heads, channels, queries, len(level_hw) // 2, points)
+    return dims, _DTYPES[value.dtype], _numbers(level_hw)
 
-    def __init__(self, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor) -> None:
-        batch, positions, heads, channels = value.shape
-        _, queries, _, levels, points, _ = sampling_xy.shape
-        assert len(level_hw) == 2 * levels
-        self.dims = Dims(batch, positions, heads, channels, queries, levels, points)
-        self.tensors = [tensor.contiguous() for tensor in (value, sampling_xy, weights)]
-        self.problem = (self.dims, _DTYPES[value.dtype], (_I64 * len(level_hw))(*level_hw))
-        self.inputs = [tensor.data_ptr() for tensor in self.tensors]
 
-    def empty_output(self) -> Tensor:
-        d = self.dims
-        return self.tensors[0].new_empty(d.batch, d.queries, d.heads * d.channels)
+def _numbers(numbers: Sequence[int]) -> Any:
+    return (_I64 * len(numbers))(*numbers)
 
-    def empty_gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For value in the dtype of the sums (16 bits would lose them), for locations and for weights."""
-        value, sampling_xy, weights = self.tensors
-        return (
-            torch.empty_like(value, dtype=sampling_xy.dtype),
-            torch.empty_like(sampling_xy),
-            torch.empty_like(weights),
-        )
+
+def _with_channels_side_by_side(value: Tensor) -> Tensor:
+    return value if value.stride(3) == 1 or value.shape[3] <= 1 else value.contiguous()
+
+
+# Packed heads are read from the second-level cache; more at a time than it holds come from further away.
+_PACKED_BYTES = 3 << 20
+# Packing reads and writes a value once; it pays where queries read every position at least this often.
+_READS_THAT_PAY = 4
+
+
+def _forward_scratch(value: Tensor, samples: int) -> Tensor:
+    """Room to pack heads where that pays, else for the row of zeros."""
+    _, positions, heads, channels = value.shape
+    row = channels * value.element_size()
+    head = (positions + 1) * row
+    is_packed = value.stride(1) == channels
+    pays = samples * 4 >= positions * _READS_THAT_PAY and not is_packed
+    return _empty(value, (min(heads, max(1, _PACKED_BYTES // max(head, 1))) * head if pays else row,), torch.uint8)
+
+
+def _backward_scratch(value: Tensor, samples: int, real_bytes: int, threads: int) -> Tensor:
+    """Room to pack heads and their sums, one for each thread, where that pays, else for the row of zeros."""
+    _, positions, heads, channels = value.shape
+    row = channels * value.element_size()
+    head = (positions + 1) * row + positions * channels * real_bytes
+    can_be_read_in_place = value.is_contiguous() and value.element_size() == real_bytes
+    pays = samples * 4 >= positions * _READS_THAT_PAY or not can_be_read_in_place
+    return _empty(value, (min(heads, threads) * head + 64 if pays else row,), torch.uint8)
+
+
+# Linux gives memory out in pages of 4 KiB at first touch, which takes as long as the kernel that writes them, unless
+# it is asked for pages of 2 MiB.
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
+
+
+def empty_output(value: Tensor, queries: int) -> Tensor:
+    """Memory for the (B,Q,M*D) that the op gives for ``value``."""
+    return _empty(value, (value.shape[0], queries, value.shape[2] * value.shape[3]))
+
+
+def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous memory on the device of ``like``, in large pages where it is large."""
+    tensor = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+    if tensor.nbytes >= 2 * _HUGE_PAGE and _MADVISE is not None and tensor.device.type == "cpu":
+        begin = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        end = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE
+        _MADVISE(begin, end - begin, _MADV_HUGEPAGE)  # advice: refused, nothing changes
+    return tensor
+
+
+def _find_madvise() -> Any:
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    madvise.restype, madvise.argtypes = ctypes.c_int, [_POINTER, ctypes.c_size_t, ctypes.c_int]
+    return madvise if sys.platform == "linux" else None
+
+
+_MADVISE = _find_madvise()
 
 
 def _device_and_stream(tensor: Tensor) -> tuple[int, int]:

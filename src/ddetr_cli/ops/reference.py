@@ -1,6 +1,6 @@
 """The definition of correct for the op: multi-scale deformable attention in plain PyTorch, on any device.
 
-Every native kernel is compared with these two functions, and they run in its place where no native library is.
+Every native kernel is compared with these functions, and they run in its place where no native library is.
 They do not look at autocast or at errors in the arguments; that is ``msda``'s business.
 
 Conventions every implementation keeps:
@@ -81,6 +81,30 @@ def msda_backward(
             grad_xy[:, :, :, level.index, :, 1] += torch.where(corner.is_inside, by_y * level.height, 0)
     grad_value = grad_table[:-1].view(b, s, m, d).to(value.dtype)
     return grad_value, grad_xy, grad_weights
+
+
+def locate_projected(
+    level_hw: Sequence[int], reference: Tensor, projected: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """The locations (B,Q,M,L,P,2) and weights (B,Q,M,L,P) that ``msda`` takes, from what ``msda_fused`` takes."""
+    batch, queries, levels, numbers = reference.shape
+    points = projected.shape[2] // (3 * heads * levels) if heads * levels > 0 else 0
+    samples = heads * levels * points
+    offsets = projected[..., : 2 * samples].reshape(batch, queries, heads, levels, points, 2)
+    logits = projected[..., 2 * samples :].reshape(batch, queries, heads, levels * points)
+    centre = reference[:, :, None, :, None, :2]
+    if numbers == 2:
+        hw = torch.tensor(level_hw, dtype=offsets.dtype, device=offsets.device).view(levels, 2)
+        moved = centre + offsets / hw.flip(-1)[:, None, :]
+    else:
+        moved = centre + offsets / points * reference[:, :, None, :, None, 2:] * 0.5
+    weights = logits.softmax(-1) if logits.numel() > 0 else logits
+    return moved, weights.view(batch, queries, heads, levels, points)
+
+
+def msda_fused(value: Tensor, level_hw: Sequence[int], reference: Tensor, projected: Tensor) -> Tensor:
+    """``msda_fused`` in plain PyTorch operations. Shapes as there."""
+    return msda_forward(value, level_hw, *locate_projected(level_hw, reference, projected, value.shape[2]))
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,17 @@ from ddetr_cli.ops.native import CpuKernels, CudaKernels
 LEVEL_HW = [5, 7, 2, 3]
 # Sums of 8 products of order 1, rounded to the storage type at the end.
 _TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+_RESULTS = (
+    "output",
+    "gradient of the value",
+    "gradient of the locations",
+    "gradient of the weights",
+    "output of the fused form",
+)
 
 
 def check_kernels(kernels: CpuKernels | CudaKernels, device: torch.device) -> None:
-    """Return if forward and backward agree with the reference in all four dtypes. Raises KernelError if not."""
+    """Return if all three kernels agree with the reference in all four dtypes. Raises KernelError if not."""
     for dtype, tolerance in _TOLERANCES.items():
         real = reference.accumulate_dtype(dtype)
         generator = torch.Generator().manual_seed(0)
@@ -28,19 +35,24 @@ def check_kernels(kernels: CpuKernels | CudaKernels, device: torch.device) -> No
         sampling_xy[0, 0, 0, 0, 0, 0] = torch.nan
         weights = torch.rand(2, 11, 2, 2, 4, generator=generator, dtype=real)
         grad_output = torch.randn(2, 11, 18, generator=generator, dtype=real).to(dtype)
+        centres = torch.rand(2, 11, 2, 2, generator=generator, dtype=real)
+        projected = torch.randn(2, 11, 48, generator=generator, dtype=real)
         expected = (
             reference.msda_forward(value, LEVEL_HW, sampling_xy, weights),
             *reference.msda_backward(grad_output, value, LEVEL_HW, sampling_xy, weights),
+            reference.msda_fused(value, LEVEL_HW, centres, projected),
         )
-        value, sampling_xy, weights, grad_output = (
-            tensor.to(device) for tensor in (value, sampling_xy, weights, grad_output)
+        value, sampling_xy, weights, grad_output, centres, projected = (
+            tensor.to(device) for tensor in (value, sampling_xy, weights, grad_output, centres, projected)
         )
+        fused = torch.empty_like(grad_output)
+        kernels.fused(value, LEVEL_HW, centres, projected, fused)
         computed = (
             kernels.forward(value, LEVEL_HW, sampling_xy, weights),
             *kernels.backward(grad_output, value, LEVEL_HW, sampling_xy, weights),
+            fused,
         )
-        names = ("output", "gradient of the value", "gradient of the locations", "gradient of the weights")
-        for name, result, wanted in zip(names, computed, expected, strict=True):
+        for name, result, wanted in zip(_RESULTS, computed, expected, strict=True):
             error = ((result.cpu() - wanted).abs().max() / wanted.abs().max().clamp_min(1)).item()
             if not error <= tolerance:  # so that NaN fails
                 raise KernelError(
