@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,11 +10,9 @@ from PIL import Image
 from ddetr_cli.data.images import network_size, to_pixels
 from ddetr_cli.errors import DeviceError, UsageError
 from ddetr_cli.inference.predictor import ImageDetections, Predictor
-from ddetr_cli.model.detector import DetectorOutput
+from ddetr_cli.model.detector import DetectorOutput, build_detector
+from ddetr_cli.presets import get_preset
 from ddetr_cli.weights import LoadedModel
-
-if TYPE_CHECKING:
-    pass
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -36,9 +34,9 @@ class Recorder(torch.nn.Module):
         self.shapes: list[tuple[int, ...]] = []
         self.act = act
 
-    def forward(self, pixels: torch.Tensor, is_padding: torch.Tensor) -> DetectorOutput:
+    def forward(self, pixels: torch.Tensor, is_padding: torch.Tensor | None) -> DetectorOutput:
         self.shapes.append(tuple(pixels.shape))
-        assert not is_padding.any()
+        assert is_padding is None
         if callable(self.act):
             self.act(pixels)
         B = pixels.shape[0]
@@ -62,12 +60,12 @@ def test_every_query_and_class_pair_up_to_a_hundred_comes_back_best_first(loaded
 
 def test_a_prediction_is_the_models_output_scaled_to_the_picture_and_not_clipped(loaded: LoadedModel) -> None:
     picture = noise(90, 60)
-    found = Predictor(loaded, device="cpu").predict([picture])[0]
+    found = Predictor(loaded, device="cpu", precision="fp32").predict([picture])[0]
     pixels = to_pixels(picture, network_size(90, 60, 64))[None]
     with torch.inference_mode():
         out = loaded.model(pixels, torch.zeros(1, *pixels.shape[2:], dtype=torch.bool))
     best = out.logits[0].sigmoid().max()
-    assert found.scores[0] == best
+    assert float(found.scores[0]) == pytest.approx(float(best), abs=1e-5)  # the fast path sums in another order
     query = int((out.logits[0].sigmoid() == best).nonzero()[0, 0])
     cx, cy, w, h = out.boxes_cxcywh[0, query].tolist()
     expected = [(cx - w / 2) * 90, (cy - h / 2) * 60, (cx + w / 2) * 90, (cy + h / 2) * 60]
@@ -106,13 +104,47 @@ def test_pictures_of_odd_sizes_are_predicted(loaded: LoadedModel, size: tuple[in
     assert found.dropped == 0
 
 
+def test_pictures_prepared_beforehand_on_other_threads_give_the_same(loaded: LoadedModel) -> None:
+    predictor = Predictor(loaded, device="cpu")
+    pictures = [noise(90, 60, 1), noise(60, 90, 2), noise(90, 60, 3)]
+    with ThreadPoolExecutor(2) as pool:
+        prepared = list(pool.map(predictor.prepare, pictures))
+    assert [one.size_hw for one in prepared] == [(60, 90), (90, 60), (60, 90)]
+    for a, b in zip(predictor.predict_prepared(prepared), predictor.predict(pictures), strict=True):
+        assert isinstance(a, ImageDetections)
+        assert_identical(a, b)
+
+
+def test_pictures_are_prepared_by_the_rule_asked_for(loaded: LoadedModel) -> None:
+    model = Recorder()
+    for preprocess in ("original", "hf"):
+        Predictor(with_model(loaded, model), device="cpu", image_size=48, preprocess=preprocess).predict(
+            [noise(1000, 100)]
+        )
+    # 48 * 1333 / 800 = 79.98, truncated to 79; short side round(7.9) = 8, long side 80, or 79 from the unrounded.
+    assert model.shapes == [(1, 3, 8, 80), (1, 3, 8, 79)]
+
+
+def test_a_model_of_the_detr_family_answers_once_per_query(loaded: LoadedModel) -> None:
+    config = get_preset(
+        "detr-r50", backbone="resnet-tiny", hidden_dim=32, heads=2, encoder_layers=1, decoder_layers=1, queries=40,
+        classes=3, image_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    detr = LoadedModel(build_detector(config), config, loaded.classes, loaded.report, loaded.source, loaded.sha256)
+    found = Predictor(detr, device="cpu").predict([noise(90, 60)])[0]
+    assert found.scores.shape == found.labels.shape == (40,)
+    assert set(found.labels.tolist()) <= {0, 1, 2}
+    assert torch.equal(found.scores, found.scores.sort(descending=True).values)
+
+
 def test_an_empty_list_gives_an_empty_list(loaded: LoadedModel) -> None:
     assert Predictor(loaded, device="cpu").predict([]) == []
 
 
 def test_rows_that_are_not_finite_are_dropped_and_counted(loaded: LoadedModel) -> None:
     class Broken(torch.nn.Module):
-        def forward(self, pixels: torch.Tensor, is_padding: torch.Tensor) -> DetectorOutput:
+        def forward(self, pixels: torch.Tensor, is_padding: torch.Tensor | None) -> DetectorOutput:
             logits = torch.tensor([[[float("nan"), 1.0, 2.0], [3.0, 4.0, 5.0]]])
             boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.5, float("inf"), 0.2, 0.2]]])
             return DetectorOutput(logits, boxes)
@@ -194,14 +226,18 @@ def test_the_checkpoints_own_image_size_is_the_default(loaded: LoadedModel) -> N
     assert Predictor(loaded, device="cpu").image_size == 64
 
 
-def test_auto_precision_is_fp32(loaded: LoadedModel) -> None:
-    assert Predictor(loaded, device="cpu").precision == "fp32"
+@pytest.mark.parametrize("best", ["fp32", "bf16"])
+def test_auto_precision_is_what_the_processor_is_good_at(
+    loaded: LoadedModel, best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ddetr_cli.inference.predictor.best_precision", lambda model: best)
+    assert Predictor(loaded, device="cpu").precision == best
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sixteen_bit_precision_gives_fp32_results_close_to_fp32s(loaded: LoadedModel, precision: str) -> None:
     picture = noise(90, 60)
-    exact = Predictor(loaded, device="cpu").predict([picture])[0]
+    exact = Predictor(loaded, device="cpu", precision="fp32").predict([picture])[0]
     found = Predictor(loaded, device="cpu", precision=precision).predict([picture])[0]
     assert found.scores.dtype == found.boxes_xyxy_px.dtype == torch.float32
     assert found.dropped == 0
@@ -215,6 +251,7 @@ def test_sixteen_bit_precision_gives_fp32_results_close_to_fp32s(loaded: LoadedM
         ({"precision": "int8"}, "precision 'int8'"),
         ({"batch_size": 0}, "batch size 0"),
         ({"image_size": 0}, "image size 0"),
+        ({"image_size": 10**6}, "image size 1000000"),
     ],
 )
 def test_an_impossible_option_is_a_usage_error(loaded: LoadedModel, options: dict[str, object], text: str) -> None:

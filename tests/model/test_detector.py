@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ddetr_cli.model.attention import DeformableAttention
-from ddetr_cli.model.detector import DeformableDetr, build_detector
+from ddetr_cli.model.detector import DeformableDetr, DetectionModel, build_detector
 from ddetr_cli.presets import PRESETS, ModelConfig
 
 # Trainable and all parameters, from the published figures and the authors' code.
@@ -25,7 +25,7 @@ SMALL = ModelConfig(
 )  # fmt: skip
 
 
-def _meta(config: ModelConfig) -> DeformableDetr:
+def _meta(config: ModelConfig) -> DetectionModel:
     with torch.device("meta"):
         return build_detector(config)
 
@@ -51,6 +51,14 @@ def test_four_classes_give_the_number_the_authors_code_prints():
 
 def test_tiny_stays_under_seven_million_parameters():
     assert sum(p.numel() for p in _meta(PRESETS["tiny"]).parameters()) < 7_000_000
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_builds_a_detector_that_knows_its_configuration(preset: str):
+    model = _meta(PRESETS[preset])
+    assert isinstance(model, DetectionModel)
+    assert model.config == PRESETS[preset]
+    assert model.training
 
 
 def test_class_heads_start_at_one_percent(plain: DeformableDetr):

@@ -54,3 +54,11 @@ def test_wholly_padded_columns_stay_finite():
     is_padding[:, :, 2:] = True
     is_padding[:, 3:] = True
     assert bool(torch.isfinite(sine_position(is_padding, 256)).all())
+
+
+def test_detrs_pixels_count_from_their_far_side():
+    encoding = sine_position(torch.zeros(1, 4, 5, dtype=torch.bool), 8, shift=0.0)
+    for row in range(4):
+        assert math.isclose(float(encoding[0, 0, row, 0]), math.sin((row + 1) / 4 * 2 * math.pi), abs_tol=3e-6)
+    for column in range(5):
+        assert math.isclose(float(encoding[0, 4, 0, column]), math.sin((column + 1) / 5 * 2 * math.pi), abs_tol=3e-6)

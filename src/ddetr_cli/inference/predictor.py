@@ -1,9 +1,10 @@
-"""Pictures to detections with one loaded model: preparation, batches of equal size, precision, memory.
+"""Pictures to detections with one loaded model: batches of equal size, precision, memory.
 
 # N kept detections of one image, B batch, h and w network size
 
-Images are never padded together, because padding changes results: only images of identical network size share a
-batch. On the CPU every image runs alone, so its result is bit-identical whatever its neighbours.
+``Predictor.prepare`` turns a picture into pixels and may run on any thread; what follows it runs on one. Images are
+never padded together, because padding changes results: only images of identical network size share a batch. On the
+CPU every image runs alone, so its result is bit-identical whatever its neighbours.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ddetr_cli.data.images import network_size, pad_batch, to_pixels
 from ddetr_cli.errors import DeviceError, UsageError
 from ddetr_cli.inference.device import resolve_device
-from ddetr_cli.model.postprocess import postprocess
+from ddetr_cli.inference.fast import accelerate, best_precision
+from ddetr_cli.inference.preparation import Preparation, Prepared, Preprocess
+from ddetr_cli.model.postprocess import decode
+from ddetr_cli.presets import LARGEST_IMAGE_SIZE, SMALLEST_IMAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ddetr_cli.classes import ClassTable
-    from ddetr_cli.model.detector import DeformableDetr
+    from ddetr_cli.model.detector import DetectorOutput
+    from ddetr_cli.model.faster_rcnn import SuppressedOutput
     from ddetr_cli.presets import ModelConfig
 
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +42,7 @@ class Weighted(Protocol):
     """A model with its configuration and classes: ``weights.LoadedModel``, or one that is being trained."""
 
     @property
-    def model(self) -> DeformableDetr: ...
+    def model(self) -> nn.Module: ...
     @property
     def config(self) -> ModelConfig: ...
     @property
@@ -49,8 +53,8 @@ class Weighted(Protocol):
 class ImageDetections:
     """What was found in one image, best first, no threshold.
 
-    boxes_xyxy_px (N,4), scores (N,), labels (N,) class indices: CPU tensors; boxes in pixels of
-    the image as given, not clipped to it. ``dropped`` rows were not finite and are not among the N.
+    boxes_xyxy_px (N,4), scores (N,), labels (N,) class indices: CPU tensors; boxes in pixels of the image as given,
+    not clipped to it (Faster R-CNN's are). ``dropped`` rows were not finite and are not among the N.
     """
 
     boxes_xyxy_px: Tensor
@@ -62,10 +66,12 @@ class ImageDetections:
 class Predictor:
     """A model on a device, ready for pictures. ``loaded.model`` itself is moved to the device.
 
-    ``precision`` auto is fp32 for now; bf16 and fp16 run under autocast, scores and boxes are always computed in
-    fp32. ``image_size`` is the short side the model sees, its own by default; the long side is capped at 1333/800
-    of it. ``batch_size`` bounds what shares one run on a GPU; running out of memory halves it, which is reported to
-    ``on_notice`` once. Raises UsageError and DeviceError.
+    ``precision`` auto is fp32, or bf16 on a CPU that multiplies in it (``fast.best_precision``). On a CPU a model
+    that ``fast.accelerate`` takes runs there, with its weights as they are now; elsewhere bf16 and fp16 run under
+    autocast. Scores and boxes are always computed in fp32. ``image_size`` is the short side the model sees, its own
+    by default; the long side is capped at 1333/800 of it, by the size rule of the authors or, with ``preprocess``
+    "hf", of transformers. ``batch_size`` bounds what shares one run on a GPU; running out of memory halves it, which
+    is reported to ``on_notice`` once. Raises UsageError and DeviceError.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class Predictor:
         device: str | torch.device = "auto",
         precision: str = "auto",
         image_size: int | None = None,
+        preprocess: Preprocess = "original",
         batch_size: int = 8,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
@@ -82,14 +89,22 @@ class Predictor:
             raise UsageError(f"precision {precision!r}: unknown. Choose auto, fp32, bf16 or fp16.")
         if batch_size < 1:
             raise UsageError(f"batch size {batch_size}: too small. Give at least 1.")
-        if image_size is not None and image_size < 1:
-            raise UsageError(f"image size {image_size}: too small. Give at least 1 pixel.")
+        if image_size is not None and not SMALLEST_IMAGE_SIZE <= image_size <= LARGEST_IMAGE_SIZE:
+            raise UsageError(
+                f"image size {image_size}: out of range. Give {SMALLEST_IMAGE_SIZE} to {LARGEST_IMAGE_SIZE} pixels."
+            )
         self.device = device if isinstance(device, torch.device) else resolve_device(device, on_notice=on_notice)
-        self.precision = "fp32" if precision == "auto" else precision
         self.image_size = loaded.config.image_size if image_size is None else image_size
+        self.prepare = Preparation(loaded.config.family, self.image_size, preprocess)
         self.batch_size = 1 if self.device.type == "cpu" else batch_size
         self.classes = loaded.classes
+        self._family = loaded.config.family
         self._model = loaded.model.eval().to(self.device)
+        on_cpu = self.device.type == "cpu"
+        if precision == "auto":
+            precision = best_precision(self._model) if on_cpu else "fp32"
+        self.precision = precision
+        self._fast = accelerate(self._model, precision) if on_cpu else None
         self._on_notice = on_notice
         self._has_told_of_memory = False
 
@@ -104,16 +119,19 @@ class Predictor:
 
     def predict_each(self, images: Sequence[Image]) -> list[ImageDetections | DeviceError]:
         """As ``predict``, but an image that does not fit into memory even alone yields the error in its place."""
-        groups: dict[tuple[int, int], list[int]] = {}
+        return self.predict_prepared([self.prepare(image) for image in images])
+
+    def predict_prepared(self, images: Sequence[Prepared]) -> list[ImageDetections | DeviceError]:
+        """As ``predict_each``, of pictures that went through ``prepare``."""
+        groups: dict[torch.Size, list[int]] = {}
         for index, image in enumerate(images):
-            size_hw = network_size(image.width, image.height, self.image_size)
-            groups.setdefault(size_hw, []).append(index)
+            groups.setdefault(image.pixels.shape, []).append(index)
         results: dict[int, ImageDetections | DeviceError] = {}
-        for size_hw, members in groups.items():
+        for (_, *size_hw), members in groups.items():
             pending = deque(members)
             while pending:
                 chunk = list(islice(pending, self.batch_size))
-                found = self._try_batch([images[index] for index in chunk], size_hw)
+                found = self._try_batch([images[index] for index in chunk])
                 if found is None and len(chunk) > 1:
                     self._halve(len(chunk))
                     continue
@@ -125,10 +143,10 @@ class Predictor:
                     pending.popleft()
         return [results[index] for index in range(len(images))]
 
-    def _try_batch(self, images: list[Image], size_hw: tuple[int, int]) -> list[ImageDetections] | None:
+    def _try_batch(self, images: list[Prepared]) -> list[ImageDetections] | None:
         """Detections of images of one network size, or None when memory ran out."""
         try:
-            return self._run_batch(images, size_hw)
+            return self._run_batch(images)
         except (torch.OutOfMemoryError, MemoryError):
             pass
         except torch.AcceleratorError as error:
@@ -144,12 +162,18 @@ class Predictor:
         return None
 
     @torch.inference_mode()
-    def _run_batch(self, images: list[Image], size_hw: tuple[int, int]) -> list[ImageDetections]:
-        pixels, is_padding = pad_batch([to_pixels(image, size_hw) for image in images])
+    def forward(self, pixels: Tensor) -> DetectorOutput | SuppressedOutput:
+        """What the model says of normalised pixels (B,3,h,w) without padding, in the precision and on the device."""
+        if self._fast is not None:
+            return self._fast(pixels)
         with self._autocast():
-            out = self._model(pixels.to(self.device), is_padding.to(self.device))
-        sizes_hw = [(image.height, image.width) for image in images]
-        rows = postprocess(out.logits.float().cpu(), out.boxes_cxcywh.float().cpu(), sizes_hw)
+            out: DetectorOutput | SuppressedOutput = self._model(pixels.to(self.device), None)
+        return out
+
+    @torch.inference_mode()
+    def _run_batch(self, images: list[Prepared]) -> list[ImageDetections]:
+        out = self.forward(torch.stack([image.pixels for image in images]))
+        rows = decode(self._family, out, [image.size_hw for image in images])
         return [_finite(row.boxes_xyxy_px, row.scores, row.labels) for row in rows]
 
     def _autocast(self) -> AbstractContextManager[object]:
@@ -164,7 +188,7 @@ class Predictor:
                 f"device {self.device}: out of memory with a batch of {size}; going on with smaller batches."
             )
 
-    def _out_of_memory(self, size_hw: tuple[int, int]) -> DeviceError:
+    def _out_of_memory(self, size_hw: Sequence[int]) -> DeviceError:
         free = ""
         if self.device.type == "cuda":
             free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)

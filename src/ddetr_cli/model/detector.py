@@ -1,4 +1,4 @@
-"""The detector: trunk, projections, transformer and heads. Read this first.
+"""What every detector is and gives, and Deformable DETR: trunk, projections, transformer, heads. Read this first.
 
 # B batch, Q queries, K classes, C channels, S positions over all levels, H, W image height and width, L levels
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddetr_cli.model.backbone import BACKBONES, ResNet
 from ddetr_cli.model.position import sine_position
 from ddetr_cli.model.transformer import DeformableTransformer, refine_boxes
-from ddetr_cli.presets import ModelConfig
+from ddetr_cli.presets import DETR, FASTER_RCNN, ModelConfig
 
 FOCAL_PRIOR = 0.01  # every class starts at this probability (arXiv:1708.02002, section 3.3)
 
@@ -25,9 +25,9 @@ FOCAL_PRIOR = 0.01  # every class starts at this probability (arXiv:1708.02002, 
 class DetectorOutput:
     """Predictions of one batch.
 
-    logits (B,Q,K) and boxes_cxcywh (B,Q,4) in [0,1] of the last decoder layer. ``aux`` holds the same pairs of the
-    earlier layers and is filled in training mode only. ``proposals`` is the first stage's pair over all S positions,
-    in two-stage models.
+    logits (B,Q,K), DETR's (B,Q,K+1) with "no object" last, and boxes_cxcywh (B,Q,4) in [0,1] of the last decoder
+    layer. ``aux`` holds the same pairs of the earlier layers and is filled in training mode only. ``proposals`` is
+    the first stage's pair over all S positions, in two-stage models.
     """
 
     logits: Tensor
@@ -36,20 +36,28 @@ class DetectorOutput:
     proposals: tuple[Tensor, Tensor] | None = None
 
 
+class DetectionModel(nn.Module):
+    """What every system is here: a module that knows its configuration and has its trunk in ``backbone``.
+
+    It is called with normalised pixels (B,3,H,W) and padding (B,H,W), True = padding, or None for none;
+    ``postprocess.decode`` turns what it returns into detections.
+    """
+
+    config: ModelConfig
+    backbone: nn.Module
+
+
 class BoxHead(nn.Module):
-    """Three linear layers; the last starts at zero, so that boxes start at their references."""
+    """Three linear layers with ReLU between them."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             [nn.Linear(channels, channels), nn.Linear(channels, channels), nn.Linear(channels, 4)]
         )
-        last = self.layers[-1]
-        nn.init.zeros_(last.get_parameter("weight"))
-        nn.init.zeros_(last.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., 4), to be added to a reference in logit space."""
+        """(..., C) -> (..., 4), boxes before the sigmoid."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)  # type: ignore[no-any-return]
@@ -61,14 +69,22 @@ def _class_head(channels: int, classes: int) -> nn.Linear:
     return head
 
 
-class DeformableDetr(nn.Module):
+def _box_head(channels: int) -> BoxHead:
+    """A head whose last layer starts at zero, so that boxes start at their references."""
+    head = BoxHead(channels)
+    for parameter in head.layers[-1].parameters():
+        nn.init.zeros_(parameter)
+    return head
+
+
+class DeformableDetr(DetectionModel):
     """Deformable DETR of one configuration, initialised as the authors do. Source: arXiv:2010.04159."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         C = config.hidden_dim
-        self.backbone = ResNet(BACKBONES[config.backbone], dilation=config.dilation)
+        self.backbone: ResNet = ResNet(BACKBONES[config.backbone], dilation=config.dilation)
         self.input_proj = nn.ModuleList()
         for level in range(config.levels):
             if config.levels == 1:
@@ -86,7 +102,7 @@ class DeformableDetr(nn.Module):
         # Without refinement all layers share one head; with it each has its own, and proposals one more.
         heads = (config.decoder_layers + config.two_stage) if config.refine_boxes else 1
         # They start as copies of each other: the authors clone one.
-        class_head, box_head = _class_head(C, config.classes), BoxHead(C)
+        class_head, box_head = _class_head(C, config.classes), _box_head(C)
         self.class_embed = nn.ModuleList([copy.deepcopy(class_head) for _ in range(heads)])
         self.bbox_embed = nn.ModuleList([copy.deepcopy(box_head) for _ in range(heads)])
         if not config.two_stage:
@@ -142,6 +158,15 @@ class DeformableDetr(nn.Module):
         return maps
 
 
-def build_detector(config: ModelConfig) -> DeformableDetr:
-    """A freshly initialised detector, in training mode, on the CPU in float32."""
+def build_detector(config: ModelConfig) -> DetectionModel:
+    """A freshly initialised detector of any family, in training mode, on the CPU in float32."""
+    # A family is imported when it is built: torchvision, behind the last, takes two seconds to import.
+    if config.family == DETR:
+        from ddetr_cli.model.detr import Detr
+
+        return Detr(config)
+    if config.family == FASTER_RCNN:
+        from ddetr_cli.model.faster_rcnn import FasterRcnn
+
+        return FasterRcnn(config)
     return DeformableDetr(config)

@@ -13,19 +13,21 @@ from torch import Tensor
 TEMPERATURE = 10_000.0
 
 
-def sine_position(is_padding: Tensor, channels: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def sine_position(
+    is_padding: Tensor, channels: int, *, shift: float = 0.5, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Encoding (B,C,H,W) of each pixel's place among the valid ones of ``is_padding`` (B,H,W, True = padding).
 
-    The first half of the channels encodes y, the second x; sines on even and cosines on odd channels. Pixel centres
-    sit half a pixel in (the -0.5 that DETR does not have). Always computed in float32 or wider: wholly padded columns
-    give arguments near -3e6, which 16-bit floats cannot hold.
+    The first half of the channels encodes y, the second x; sines on even and cosines on odd channels. A pixel
+    counts from its centre; with ``shift`` 0, DETR's way, from its far side. Always computed in float32 or wider:
+    wholly padded columns give arguments near -3e6, which 16-bit floats cannot hold.
     """
     valid = ~is_padding
     axes = []
     for dim in (1, 2):
         count = valid.cumsum(dim, dtype=dtype)
         last = count.narrow(dim, count.shape[dim] - 1, 1)
-        axes.append(encode_coordinate((count - 0.5) / (last + 1e-6), channels // 2))
+        axes.append(encode_coordinate((count - shift) / (last + 1e-6), channels // 2))
     return torch.cat(axes, dim=3).permute(0, 3, 1, 2)
 
 

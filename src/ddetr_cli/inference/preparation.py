@@ -1,0 +1,75 @@
+"""Pictures to what a model sees of them: the one place where the systems prepare differently.
+
+# h and w network size
+Everything here may run on any thread, beside the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddetr_cli.data.images import MEAN, STD, network_size, to_pixels
+from ddetr_cli.errors import UsageError
+from ddetr_cli.presets import FASTER_RCNN
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Preprocess = Literal["original", "hf"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One picture ready for the model: normalised float32 pixels (3,h,w), and the picture's own (height, width)."""
+
+    pixels: Tensor
+    size_hw: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How pictures become pixels for the models of one family: the short side in pixels, and whose size rule.
+
+    ``hf`` is that of transformers, which the DETR families have; Faster R-CNN is prepared as torchvision does it.
+    Raises UsageError for a rule that is unknown or not the family's.
+    """
+
+    family: str
+    image_size: int
+    preprocess: Preprocess = "original"
+
+    def __post_init__(self) -> None:
+        if self.preprocess not in get_args(Preprocess):
+            raise UsageError(f"preprocess {self.preprocess!r}: unknown. Choose original or hf.")
+        if self.family == FASTER_RCNN and self.preprocess != "original":
+            raise UsageError("preprocess 'hf': not for Faster R-CNN (transformers has none). Leave it out.")
+
+    def __call__(self, image: Image, size_hw: tuple[int, int] | None = None) -> Prepared:
+        """What the model sees of an upright RGB picture; ``size_hw``: of the whole, where ``image`` is reduced."""
+        size_hw = (image.height, image.width) if size_hw is None else size_hw
+        if self.family == FASTER_RCNN:
+            return Prepared(_torchvision_pixels(image, self.image_size), size_hw)
+        seen_hw = network_size(size_hw[1], size_hw[0], self.image_size, rule=self.preprocess)
+        return Prepared(to_pixels(image, seen_hw), size_hw)
+
+
+def _torchvision_pixels(image: Image, short: int) -> Tensor:
+    """Pixels as GeneralizedRCNNTransform makes them: normalised first, then resized without antialiasing.
+
+    Its published AP is with this: the sides are truncated, the long one at most ``short`` * 1333 / 800.
+    """
+    height, width = image.height, image.width
+    # np.array, not asarray: torch wants memory it may write to.
+    channels_last = torch.from_numpy(np.array(image))
+    pixels = channels_last.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    pixels.div_(255).sub_(mean).div_(std)
+    scale = min(short / min(height, width), (short * 1333 // 800) / max(height, width))
+    size = [max(1, int(side * scale)) for side in (height, width)]
+    return F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False)[0]
