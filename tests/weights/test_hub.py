@@ -14,7 +14,7 @@ import pytest
 
 from ddetr_cli.errors import CheckpointError, UsageError
 from ddetr_cli.weights import hub
-from ddetr_cli.weights.hub import find_backbone, find_model
+from ddetr_cli.weights.hub import Found, find_backbone, find_model
 
 CLOSED = "http://127.0.0.1:9"  # the discard port: nobody listens, a connection is refused at once
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -259,7 +259,7 @@ class TestBackbone:
     def test_it_is_downloaded_whole_or_not_at_all(self, tmp_path: Path, server, monkeypatch):
         url, handler = server
         handler.files["/resnet50-0676ba61.pth"] = b"x" * 5_000_000
-        monkeypatch.setattr(hub, "BACKBONE_URL", f"{url}/resnet50-0676ba61.pth")
+        monkeypatch.setattr(hub, "TORCHVISION_URL", url)
         handler.cut = True
         with pytest.raises(CheckpointError, match="not downloaded"):
             find_backbone(None)
@@ -273,7 +273,7 @@ class TestBackbone:
         assert list(path.parent.iterdir()) == [path]
 
     def test_unreachable_it_is_one_sentence_that_names_the_file_and_the_way_out(self, tmp_path: Path, monkeypatch):
-        monkeypatch.setattr(hub, "BACKBONE_URL", f"{CLOSED}/resnet50-0676ba61.pth")
+        monkeypatch.setattr(hub, "TORCHVISION_URL", CLOSED)
         with pytest.raises(CheckpointError) as caught:
             find_backbone(None)
         assert str(caught.value) == (
@@ -285,3 +285,54 @@ class TestBackbone:
     def test_an_address_is_a_usage_error(self):
         with pytest.raises(UsageError, match="a URL"):
             find_backbone("https://example.org/resnet50.pth")
+
+
+class TestPublishedFiles:
+    """The files of torchvision and of DETR's authors, known by the checksum in their names."""
+
+    NAME = "fasterrcnn_resnet50_fpn_coco-258fb6c6"
+
+    def test_faster_rcnn_is_looked_for_under_both_names_in_our_folder_then_in_torchs(self, tmp_path: Path):
+        theirs = _touch(tmp_path / "torch" / "hub" / "checkpoints" / f"{self.NAME}.pth")
+        assert find_model("fasterrcnn-r50-fpn") == Found(theirs, "fasterrcnn-r50-fpn")
+        for name in (f"{self.NAME}.pth", "fasterrcnn-r50-fpn.safetensors"):
+            ours = _touch(tmp_path / "weights" / name)
+            assert find_model("fasterrcnn-r50-fpn").path == ours
+
+    def test_detr_is_found_under_its_authors_name(self, tmp_path: Path):
+        theirs = _touch(tmp_path / "torch" / "hub" / "checkpoints" / "detr-r50-dc5-f0fb7ef5.pth")
+        for name in ("detr-r50-dc5", "facebook/detr-resnet-50-dc5"):
+            assert find_model(name) == Found(theirs, "detr-r50-dc5")
+        ours = _touch(tmp_path / "weights" / "detr-r50-e632da11.pth")
+        assert find_model("detr-r50") == Found(ours, "detr-r50")
+
+    def test_faster_rcnn_is_downloaded_from_torchvisions_server(self, tmp_path: Path, server, monkeypatch):
+        url, handler = server
+        handler.files[f"/{self.NAME}.pth"] = b"the weights"
+        monkeypatch.setattr(hub, "TORCHVISION_URL", url)
+        said: list[str] = []
+        found = find_model("fasterrcnn-r50-fpn", said.append)
+        assert found == Found(tmp_path / "weights" / f"{self.NAME}.pth", "fasterrcnn-r50-fpn")
+        assert found.path.read_bytes() == b"the weights"
+        assert said == [f"downloading {url}/{self.NAME}.pth"]
+
+    def test_the_servers_address_is_torchvisions_own(self):
+        detection = pytest.importorskip("torchvision.models.detection")
+        weights = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1
+        assert weights.url == f"{hub.TORCHVISION_URL}/{self.NAME}.pth"
+
+    @pytest.mark.parametrize("offline", [False, True])
+    def test_unreachable_it_is_one_sentence_that_names_the_file_and_the_way_out(
+        self, tmp_path: Path, monkeypatch, offline: bool
+    ):
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(hub, "TORCHVISION_URL", CLOSED)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        reason = "HF_HUB_OFFLINE is set" if offline else "no connection to 127.0.0.1"
+        with pytest.raises(CheckpointError) as caught:
+            find_model("fasterrcnn-r50-fpn")
+        assert str(caught.value) == (
+            f"fasterrcnn-r50-fpn: not found and not downloaded ({reason}). Put {CLOSED}/{self.NAME}.pth at "
+            f"{tmp_path}/weights/{self.NAME}.pth, or try --model demo, which needs no download."
+        )

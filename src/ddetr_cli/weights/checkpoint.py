@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -23,8 +22,9 @@ from ddetr_cli.atomic import write_atomically
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.errors import CheckpointError, OutputError
 from ddetr_cli.model.backbone import BACKBONES
-from ddetr_cli.model.detector import DeformableDetr
+from ddetr_cli.model.detector import DetectionModel
 from ddetr_cli.presets import ModelConfig
+from ddetr_cli.weights.facts import is_sound
 from ddetr_cli.weights.reader import StoredFile, file_sha256
 from ddetr_cli.weights.recognition import checked
 
@@ -43,7 +43,7 @@ class CheckpointHeader:
 
 def save_checkpoint(
     path: Path,
-    model: DeformableDetr,
+    model: DetectionModel,
     classes: ClassTable,
     *,
     half: bool = False,
@@ -99,7 +99,7 @@ def parse_header(stored: StoredFile) -> CheckpointHeader | None:
         raise CheckpointError(f"{stored.path}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise _damaged_header(stored.path) from error
-    if config.backbone not in BACKBONES or len(classes) != config.classes or not _are_classes(classes):
+    if config.backbone not in BACKBONES or len(classes) != config.classes or not is_sound(classes):
         raise _damaged_header(stored.path)
     if digest(stored.tensors) != expected:
         raise CheckpointError(
@@ -129,13 +129,6 @@ def _stored(name: str, tensor: Tensor, half: bool) -> Tensor:
         if bool(torch.isfinite(narrow).all()):  # a variance over 65504 stays wide
             return narrow
     return tensor
-
-
-def _are_classes(classes: ClassTable) -> bool:
-    def is_id(value: Any) -> bool:
-        return isinstance(value, (int, str)) and not isinstance(value, bool)
-
-    return all(is_id(i) for i in classes.category_ids) and all(n is None or isinstance(n, str) for n in classes.names)
 
 
 def _damaged_header(path: Path) -> CheckpointError:

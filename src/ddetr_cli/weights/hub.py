@@ -24,8 +24,15 @@ from ddetr_cli.errors import CheckpointError, UsageError
 from ddetr_cli.presets import HUB_IDS, PRESETS
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-BACKBONE_NAME = "resnet50-0676ba61"  # torchvision's IMAGENET1K_V1; the digits begin the file's sha256
-BACKBONE_URL = f"https://download.pytorch.org/models/{BACKBONE_NAME}.pth"
+# Files of torchvision and of DETR's authors: the digits at the end of a name begin the sha256 of what it holds.
+BACKBONE_NAME = "resnet50-0676ba61"  # torchvision's IMAGENET1K_V1
+FASTER_RCNN_NAME = "fasterrcnn_resnet50_fpn_coco-258fb6c6"  # torchvision's COCO_V1
+PUBLISHED = {
+    FASTER_RCNN_NAME: "fasterrcnn-r50-fpn",
+    "detr-r50-e632da11": "detr-r50",
+    "detr-r50-dc5-f0fb7ef5": "detr-r50-dc5",
+}
+TORCHVISION_URL = "https://download.pytorch.org/models"
 TIMEOUT_S = 5.0
 
 Announce = Callable[[str], None]
@@ -79,27 +86,38 @@ def find_backbone(spec: str | None, announce: Announce | None = None) -> Path:
         if _URL.match(spec):
             raise UsageError(f"{spec}: a URL (weights are not fetched from addresses). Give a file, or none.")
         return Path(spec).expanduser()
-    torch_home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torch"
-    folders = (weights_folder(), Path(torch_home).expanduser() / "hub" / "checkpoints")
+    return _torchvision_file(
+        BACKBONE_NAME, "backbone weights", "start from random weights with --backbone-weights none", announce
+    )
+
+
+def _torchvision_file(name: str, thing: str, instead: str, announce: Announce | None) -> Path:
+    """torchvision's file ``name``: in our folder or torchvision's, else downloaded into ours."""
+    folders = (weights_folder(), _torch_cache())
     for folder in folders:
         for suffix in (".safetensors", ".pth"):
-            if (file := folder / f"{BACKBONE_NAME}{suffix}").is_file():
+            if (file := folder / f"{name}{suffix}").is_file():
                 return file
     from huggingface_hub import constants
 
-    target = folders[0] / f"{BACKBONE_NAME}.pth"
+    url, target = f"{TORCHVISION_URL}/{name}.pth", folders[0] / f"{name}.pth"
     try:
         if constants.HF_HUB_OFFLINE:  # another server, but the same wish
             raise OSError("HF_HUB_OFFLINE is set")
         if announce is not None:
-            announce(f"downloading {BACKBONE_URL}")
-        _fetch(BACKBONE_URL, target)
+            announce(f"downloading {url}")
+        _fetch(url, target)
     except (OSError, urllib.error.URLError) as error:
         raise CheckpointError(
-            f"backbone weights: not found and not downloaded ({_reason(error)}). Put {BACKBONE_URL} at {target}, "
-            "or start from random weights with --backbone-weights none."
+            f"{thing}: not found and not downloaded ({_reason(error)}). Put {url} at {target}, or {instead}."
         ) from error
     return target
+
+
+def _torch_cache() -> Path:
+    """Where torchvision and torch.hub keep what they download."""
+    home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torch"
+    return Path(home).expanduser() / "hub" / "checkpoints"
 
 
 def _file_in(folder: Path) -> Path:
@@ -121,11 +139,16 @@ def _packaged_demo() -> Path:
 def _named_model(name: str, hub_id: str | None, announce: Announce | None) -> Found:
     preset = name if name in PRESETS else next((p for p, known in HUB_IDS.items() if known == name), None)
     folder = weights_folder()
-    wanted = [stem.replace("/", "--") for stem in dict.fromkeys((name, hub_id)) if stem]
-    for stem in wanted:
+    published = [stem for stem, known in PUBLISHED.items() if known == preset]
+    wanted = [stem.replace("/", "--") for stem in dict.fromkeys((name, hub_id, *published)) if stem]
+    places = [*(folder / stem for stem in wanted), *(_torch_cache() / stem for stem in published)]
+    for place in places:
         for suffix in (".safetensors", ".pth"):
-            if (file := folder / f"{stem}{suffix}").is_file():
+            if (file := place.with_name(place.name + suffix)).is_file():
                 return Found(file, preset)
+    if preset == PUBLISHED[FASTER_RCNN_NAME]:
+        file = _torchvision_file(FASTER_RCNN_NAME, name, "try --model demo, which needs no download", announce)
+        return Found(file, preset)
     target = folder / f"{wanted[0]}.safetensors"
     if hub_id is None:
         raise CheckpointError(

@@ -6,7 +6,6 @@ almost loaded detects almost nothing and says so nowhere.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,19 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ddetr_cli.classes import COCO_NAMES, COCO_TABLE, ClassTable
+from ddetr_cli.classes import ClassTable
 from ddetr_cli.errors import CheckpointError
-from ddetr_cli.model.detector import DeformableDetr, build_detector
-from ddetr_cli.presets import PRESETS, ModelConfig, get_preset
+from ddetr_cli.model.detector import DetectionModel, build_detector
+from ddetr_cli.presets import DEFORMABLE_DETR, PRESETS, ModelConfig, get_preset
 from ddetr_cli.weights import layouts
 from ddetr_cli.weights.checkpoint import parse_header
-from ddetr_cli.weights.hub import Announce, Found, find_model
+from ddetr_cli.weights.facts import class_table, facts_about
+from ddetr_cli.weights.hub import PUBLISHED, Announce, Found, find_model
 from ddetr_cli.weights.reader import StoredFile, read_file
 from ddetr_cli.weights.recognition import config_of, describe, describe_foreign
 
 SHOWN = 5  # names listed of each kind in an error
+# A model may need so many more numbers than its file holds: more than any preset has, so that a file that lacks parts
+# of one is told which.
+SPARE_NUMBERS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class LoadReport:
 class LoadedModel:
     """A detector ready to run (evaluation mode, CPU, float32) with all that its file said about it."""
 
-    model: DeformableDetr
+    model: DetectionModel
     config: ModelConfig
     classes: ClassTable
     report: LoadReport
@@ -96,7 +100,7 @@ def load_model(spec: str, *, preset: str | None = None, announce: Announce | Non
     if preset is not None:
         get_preset(preset)
     weights = _read(find_model(spec, announce), preset)
-    model = _skeleton(weights.config)
+    model = _skeleton(weights)
     state, report = _fit(weights, model.state_dict())
     if not report.fits:
         raise _wrong(weights, report)
@@ -117,55 +121,100 @@ def _read(found: Found, preset: str | None) -> _Weights:
             )
         return _Weights(stored.tensors, config, header.classes, layouts.OURS, (), (), stored)
 
-    layout = layouts.recognise(stored.tensors)
-    if layout is None:
+    recognised = layouts.recognise(stored.tensors)
+    if recognised is None:
         raise CheckpointError(
-            f"{stored.path}: not a Deformable DETR ({describe_foreign(stored.tensors)}). Give another checkpoint."
+            f"{stored.path}: not a model read here ({describe_foreign(stored.tensors)}). "
+            "Give a Deformable DETR, a DETR or torchvision's Faster R-CNN."
         )
-    facts = _hub_config(stored.path) if layout == layouts.HUGGING_FACE else stored.arguments
+    layout, family = recognised
+    facts = facts_about(stored, hugging_face_family=family if layout == layouts.HUGGING_FACE else None)
+    published = _published(stored)
     try:
-        tensors, decoder_has_heads = layouts.to_ours(stored.tensors, layout)
-        config, notes = config_of(tensors, facts, decoder_has_heads=decoder_has_heads, preset=preset or found.preset)
+        tensors, decoder_has_heads = layouts.to_ours(stored.tensors, layout, family)
+        config, notes = config_of(
+            tensors,
+            facts,
+            family=family,
+            decoder_has_heads=decoder_has_heads,
+            preset=preset or found.preset or published,
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{stored.path}: {error}") from error
-    if config.refine_boxes and layout == layouts.HUGGING_FACE:
-        tensors = layouts.every_head(tensors)
-    elif not config.refine_boxes and layouts.heads_are_shared(tensors):
-        tensors = layouts.one_head(tensors)
-    notes = [f"{stored.path}: {note}" for note in notes]
-    notes.append(f"{stored.path}: carries no checksum, so damage to its numbers would not be noticed")
+    if family == DEFORMABLE_DETR:
+        if config.refine_boxes and layout == layouts.HUGGING_FACE:
+            tensors = layouts.every_head(tensors)
+        elif not config.refine_boxes and layouts.heads_are_shared(tensors):
+            tensors = layouts.one_head(tensors)
+    if published is None:
+        notes.append("carries no checksum, so damage to its numbers would not be noticed")
     ignored = tuple(name for name in stored.tensors if layouts.is_counter(name))
-    return _Weights(tensors, config, _classes(config.classes, facts), layout, ignored, tuple(notes), stored)
+    classes = class_table(config.classes, facts, is_contiguous=layout in (layouts.DETREX, layouts.MMDETECTION))
+    return _Weights(tensors, config, classes, layout, ignored, tuple(f"{stored.path}: {n}" for n in notes), stored)
 
 
-def _hub_config(path: Path) -> Mapping[str, Any]:
-    """The ``config.json`` beside a Hugging Face file, or nothing where there is none of this architecture."""
-    try:
-        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) and config.get("model_type") == "deformable_detr" else {}
+def _published(stored: StoredFile) -> str | None:
+    """The preset of a file its authors published with a checksum in its name, told by the checksum.
 
-
-def _classes(count: int, facts: Mapping[str, Any]) -> ClassTable:
-    """The class table of a file that stores none: COCO's for 91 logits, else Hugging Face's names where given.
-
-    91 classes of somebody else's are told by their names: none is one of COCO's, nor Hugging Face's LABEL_0.
+    Raises CheckpointError for such a name on a file with another checksum.
     """
-    names = facts.get("id2label")
-    if not isinstance(names, dict) or len(names) != count:
-        names = {}
-    given = [name if isinstance(name := names.get(str(index)), str) else None for index in range(count)]
-    known = {*COCO_NAMES.values(), "LABEL_0", None}
-    if count == len(COCO_TABLE) and not known.isdisjoint(given):
-        return COCO_TABLE
-    return ClassTable(tuple(range(count)), tuple(given))
+    for stem, preset in PUBLISHED.items():
+        digits = stem.rpartition("-")[2]
+        if stored.sha256.startswith(digits):
+            return preset
+        if stored.path.stem == stem and stored.path.suffix == ".pth":
+            raise CheckpointError(
+                f"{stored.path}: damaged (its sha256 does not begin with {digits}). Delete it, and download it again."
+            )
+    return None
 
 
-def _skeleton(config: ModelConfig) -> DeformableDetr:
-    """The model without memory or random numbers: every tensor of it will come from the file."""
-    with torch.device("meta"):
-        return build_detector(config)
+def _skeleton(weights: _Weights) -> DetectionModel:
+    """The model before any number of it is known: memory it hardly touches, for every tensor comes from the file.
+
+    Not on the meta device: torch computes there in Python, and importing what that takes (torch._dynamo, sympy)
+    lasts as long as importing all the rest of torch. Raises CheckpointError for a file whose configuration needs far
+    more than it holds.
+    """
+    held = sum(tensor.numel() for tensor in weights.tensors.values())
+    try:
+        with _Unwritten(2 * held + SPARE_NUMBERS):
+            return build_detector(weights.config)
+    except _TooManyNumbers as error:
+        raise CheckpointError(
+            f"{weights.stored.path}: damaged or hostile (it describes a model many times larger than the {held} "
+            "numbers it holds). Get the weights elsewhere."
+        ) from error
+
+
+# Those of torch.nn.init are seen instead of the tensor's own method that they call.
+_DRAWS = {Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_,
+          nn.init.kaiming_normal_}  # fmt: skip
+
+
+class _TooManyNumbers(Exception):
+    """A model under construction has grown beyond its limit."""
+
+
+class _Unwritten(TorchFunctionMode):
+    """Inside, random initialisation leaves a tensor as it is, and ``limit`` numbers at most are made room for."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._left = limit
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _DRAWS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        result = func(*args, **(kwargs or {}))
+        # Linear layers, convolutions and embeddings are made of these; what copies them has the room of a copy.
+        if func is torch.empty:
+            self._left -= result.numel()
+            if self._left < 0:
+                raise _TooManyNumbers
+        return result
 
 
 def _fit(weights: _Weights, target: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:

@@ -126,11 +126,24 @@ def _state_dict(path: Path, loaded: Any) -> tuple[Mapping[Any, Any], dict[str, A
     arguments = loaded.get("args")
     values = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     plain = values.items() if isinstance(values, dict) else ()
-    known = {str(key): value for key, value in plain if isinstance(value, (bool, int, float, str))}
+    known: dict[str, Any] = {
+        str(key): value for key, value in plain if isinstance(value, (bool, int, float, str))
+    } | _class_names(loaded.get("meta"))
     for key in _STATE_KEYS:
         if isinstance(loaded.get(key), Mapping):
             return loaded[key], known
     return loaded, known
+
+
+def _class_names(meta: Any) -> dict[str, tuple[str, ...]]:
+    """mmdetection's class names, under one name for all its versions."""
+    tables = [meta, meta.get("dataset_meta")] if isinstance(meta, dict) else []
+    for table in tables:
+        for key in ("classes", "CLASSES"):
+            names = table.get(key) if isinstance(table, dict) else None
+            if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+                return {"class_names": tuple(names)}
+    return {}
 
 
 def _name(name: Any) -> str:
