@@ -12,14 +12,22 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ddetr_cli.data.images import MEAN, STD, network_size, pad_batch, read_image, to_pixels
-from ddetr_cli.errors import ImageError
+from ddetr_cli.data.images import (
+    STD,
+    network_size,
+    open_picture,
+    read_image,
+    read_reduced,
+    to_pixels,
+)
+from ddetr_cli.errors import ImageError, UsageError
 
 ORIENTATION = 274
 ACCEPTED_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "AVIF"}
@@ -293,66 +301,86 @@ def test_pillows_warnings_never_turn_a_readable_photo_into_a_failure(tmp_path: P
     assert done.stdout.strip() == "(64, 48)", done.stderr
 
 
+def test_a_large_jpeg_is_decoded_reduced_to_what_is_still_much_larger_than_the_model_sees(tmp_path: Path) -> None:
+    file = tmp_path / "large.jpg"
+    picture = Image.effect_mandelbrot((1603, 1201), (-3, -2.5, 2, 2.5), 100).convert("RGB")
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    picture.save(file, exif=exif)
+    for short, expected in ((400, (1201, 1603)), (300, (601, 802)), (150, (301, 401)), (50, (151, 201))):
+        image, whole = read_reduced(file, short)
+        assert (image.size, whole) == (expected, (1201, 1603))
+        assert min(image.size) >= 1.75 * short
+
+
+def test_a_picture_that_is_small_or_no_jpeg_is_not_reduced(tmp_path: Path, photo: Image.Image) -> None:
+    for name in ("photo.jpg", "photo.png"):
+        photo.save(tmp_path / name)
+        image, whole = read_reduced(tmp_path / name, 24 if name == "photo.png" else 40)
+        assert image.size == whole == photo.size
+        assert np.array_equal(np.asarray(image), np.asarray(read_image(tmp_path / name)))
+
+
+def test_a_reduced_photo_looks_to_the_model_like_the_whole_one(data_dir: Path, tmp_path: Path) -> None:
+    source = read_image(data_dir / "photos/images/000000039769.png").resize((2560, 1920), Image.Resampling.LANCZOS)
+    file = tmp_path / "large.jpg"
+    source.save(file, quality=92)
+    size_hw = network_size(*source.size, 480)
+    reduced = to_pixels(read_reduced(file, 480)[0], size_hw)
+    difference = (reduced - to_pixels(read_image(file), size_hw)).abs() * 255 * torch.tensor(STD).view(3, 1, 1)
+    # Half a level on average; up to some levels at edges, where the two ways of averaging see different pixels.
+    assert 0 < difference.mean() < 1
+    assert difference.max() < 24
+
+
+def test_a_reduced_reading_refuses_what_the_whole_one_refuses(tmp_path: Path, photo: Image.Image) -> None:
+    file = tmp_path / "cut.jpg"
+    file.write_bytes(encoded(photo.resize((1280, 960)), "JPEG")[:-2000])
+    with pytest.raises(ImageError, match="truncated image"):
+        read_reduced(file, 64)
+    photo.save(file)
+    with pytest.raises(ImageError, match="exceeds the limit"):
+        read_reduced(file, 8, max_pixels=64 * 48 - 1)
+
+
+def test_a_program_may_call_a_file_a_picture_or_an_array_a_picture(tmp_path: Path, photo: Image.Image) -> None:
+    file = tmp_path / "photo.png"
+    photo.save(file)
+    for form in (file, str(file), photo, Image.open(file), np.asarray(photo), np.asarray(photo)[:, ::-1][:, ::-1]):
+        assert np.array_equal(np.asarray(open_picture(form)), np.asarray(photo))
+
+
+def test_pictures_of_other_modes_become_rgb(photo: Image.Image) -> None:
+    assert np.array_equal(np.asarray(open_picture(photo.convert("L")))[..., 0], np.asarray(photo.convert("L")))
+    see_through = photo.copy()
+    see_through.putalpha(7)
+    assert np.array_equal(np.asarray(open_picture(see_through)), np.asarray(photo))
+
+
 @pytest.mark.parametrize(
-    ("width", "height", "expected"),
+    ("no_picture", "message"),
     [
-        (640, 480, (800, 1066)),
-        (480, 640, (1066, 800)),
-        (640, 427, (800, 1199)),
-        (500, 375, (800, 1066)),
-        (800, 800, (800, 800)),
-        (800, 1000, (1000, 800)),  # already of the right short side: unchanged
-        (1333, 800, (800, 1333)),
-        (1400, 800, (762, 1333)),  # over the cap, so not kept: round(1333 * 800 / 1400)
-        (640, 200, (417, 1334)),  # the long side follows from the rounded 417: one over the cap
-        (6000, 40, (9, 1350)),
-        (1, 2000, (2000, 1)),
-        (1, 2_000_000, (1333, 1)),  # the rule alone gives a side of 0
+        (np.zeros((4, 4), np.uint8), r"array of shape \(4, 4\) and type uint8: not a picture"),
+        (np.zeros((4, 4, 4), np.uint8), r"shape \(4, 4, 4\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
+        (np.zeros((4, 4, 3), np.float32), "type float32"),
+        (torch.zeros(3, 4, 4), "Tensor: not a picture. Give a path"),
+        (b"\xff\xd8", "bytes: not a picture"),
+        (None, "NoneType: not a picture"),
     ],
 )
-def test_network_size_follows_the_authors_rule(width: int, height: int, expected: tuple[int, int]) -> None:
-    assert network_size(width, height, 800) == expected
+def test_what_is_no_picture_at_all_is_a_wrong_call(no_picture: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        open_picture(no_picture)
 
 
-def test_network_size_caps_the_long_side_in_proportion_to_the_short_side() -> None:
-    assert network_size(1000, 100, 320) == (53, 530)  # cap int(320 * 1333 / 800) = 533
-    assert network_size(1000, 100, 320, cap=2000) == (200, 2000)
-
-
-def test_the_two_rules_differ_only_where_the_cap_binds() -> None:
-    assert network_size(640, 480, 800, rule="hf") == network_size(640, 480, 800)
-    assert network_size(640, 200, 800, rule="hf") == (417, 1333)
-
-
-def test_the_rules_count_210_of_882_sizes_as_different() -> None:
-    sizes = [(640, h) for h in range(200, 641)] + [(h, 640) for h in range(200, 641)]
-    assert sum(network_size(w, h, 800) != network_size(w, h, 800, rule="hf") for w, h in sizes) == 210
-
-
-def test_pixels_are_normalised_channel_first() -> None:
-    pixels = to_pixels(Image.new("RGB", (4, 2), (255, 0, 51)), (2, 4))
-    assert pixels.shape == (3, 2, 4)
-    assert pixels.dtype == torch.float32
-    assert pixels.is_contiguous()
-    expected = [(value - mean) / std for value, mean, std in zip((1.0, 0.0, 0.2), MEAN, STD, strict=True)]
-    assert torch.allclose(pixels[:, 1, 3], torch.tensor(expected), atol=1e-6)  # fp32 rounding
-
-
-def test_pixels_of_the_published_reference_photo(data_dir: Path) -> None:
-    image = read_image(data_dir / "photos/images/000000039769.png")
-    pixels = to_pixels(image, network_size(*image.size, 800))
-    assert pixels.shape == (3, 800, 1066)
-    # Published to four digits.
-    assert torch.allclose(pixels[0, 0, :3], torch.tensor([0.2796, 0.3138, 0.3481]), atol=1e-4)
-
-
-def test_a_batch_is_padded_at_the_bottom_and_right() -> None:
-    pixels, is_padding = pad_batch([torch.ones(3, 2, 5), torch.ones(3, 4, 3)])
-    assert pixels.shape == (2, 3, 4, 5)
-    assert pixels.sum().item() == 3 * (10 + 12)
-    assert (~is_padding).sum(dim=(1, 2)).tolist() == [10, 12]
-    assert not is_padding[0, :2, :5].any()
-    assert not is_padding[1, :4, :3].any()
+def test_a_picture_in_memory_that_turns_out_damaged_or_empty_is_refused(tmp_path: Path, photo: Image.Image) -> None:
+    file = tmp_path / "cut.jpg"
+    file.write_bytes(encoded(photo, "JPEG")[:-100])
+    with pytest.raises(ImageError, match=r"cut\.jpg: truncated image"):
+        open_picture(Image.open(file))
+    with pytest.raises(ImageError, match="picture: empty image"):
+        open_picture(Image.new("RGB", (0, 5)))
 
 
 def test_all_nine_orientation_photos_are_upright(data_dir: Path) -> None:

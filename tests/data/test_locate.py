@@ -121,7 +121,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         ({"data": None}, "DATA: not given"),
         ({"data": tmp_path / "gone"}, "not an existing folder"),
         ({"data": tmp_path / "truth.json"}, "the file as --annotations"),
-        ({"data": tmp_path / "empty"}, "no annotation file found"),
+        ({"data": tmp_path / "empty"}, "no annotations found"),
         ({"data": None, "annotations": tmp_path / "gone.json"}, "no such annotation file"),
         ({"data": None, "images": tmp_path / "gone", "annotations": tmp_path / "truth.json"}, "--images is not"),
     ):

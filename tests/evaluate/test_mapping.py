@@ -69,3 +69,9 @@ def test_no_common_class_at_all_is_refused() -> None:
 def test_a_name_that_belongs_to_two_categories_cannot_be_mapped() -> None:
     with pytest.raises(DatasetError, match=r"belongs to 2 categories \(ids 1, 2\)"):
         map_classes(ClassTable((5,), ("cell",)), categories((1, "cell"), (2, "cell")))
+
+
+def test_of_two_categories_with_one_name_the_one_with_the_same_id_is_meant() -> None:
+    table = ClassTable((1, 2), ("cell", "cell"))
+    mapping = map_classes(table, categories((1, "cell"), (2, "cell"), (3, "egg")))
+    assert mapping.category_ids == (1, 2)

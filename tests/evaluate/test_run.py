@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.data.records import CocoAnnotations, CocoCategory
-from ddetr_cli.errors import DatasetError
+from ddetr_cli.errors import DatasetError, DeviceError
 from ddetr_cli.evaluate.mapping import map_classes
 from ddetr_cli.evaluate.predictions import Detection
 from ddetr_cli.evaluate.run import predict_images
+from ddetr_cli.inference.preparation import Prepared
 
 Truth = Callable[..., CocoAnnotations]
 BOX = (10.0, 20.0, 30.0, 40.0)
@@ -35,10 +36,14 @@ class ScriptedPredictor:
 
     rows: list[tuple[tuple[float, float, float, float], float, int]]
     dropped: int = 0
-    batches: list[list[Image.Image]] = field(default_factory=list)
+    batches: list[list[tuple[int, int]]] = field(default_factory=list)
+    device = torch.device("cpu")
 
-    def predict(self, images: Sequence[Image.Image]) -> list[Found]:
-        self.batches.append(list(images))
+    def prepare(self, image: Image.Image) -> Prepared:
+        return Prepared(torch.zeros(0), (image.height, image.width))
+
+    def predict_prepared(self, images: Sequence[Prepared]) -> list[Found]:
+        self.batches.append([image.size_hw for image in images])
         boxes, scores, labels = zip(*self.rows, strict=True)
         return [Found(torch.tensor(boxes), torch.tensor(scores), torch.tensor(labels), self.dropped) for _ in images]
 
@@ -68,7 +73,7 @@ def test_photos_are_shown_as_stored_without_turning_them_by_exif(images: Path, t
     ground_truth = truth((1, 17, BOX), categories=(CocoCategory(17, "cat"),))
     predictor = ScriptedPredictor([(BOX, 0.5, 0)])
     list(predict_images(predictor, ground_truth, images, map_classes(TABLE, ground_truth.categories)))
-    assert predictor.batches[0][0].size == (640, 480)
+    assert predictor.batches == [[(480, 640)]]  # height, width
 
 
 def test_a_predicted_class_without_counterpart_stops_or_is_left_out_and_counted(images: Path, truth: Truth) -> None:
@@ -96,3 +101,13 @@ def test_an_unreadable_image_refuses_the_data_set(images: Path, truth: Truth) ->
     predictor = ScriptedPredictor([(BOX, 0.5, 0)])
     with pytest.raises(DatasetError, match=r"2.jpg: .*empty.*\(image 2 of the data set\)"):
         list(predict_images(predictor, ground_truth, images, map_classes(TABLE, ground_truth.categories)))
+
+
+def test_a_device_that_has_too_little_memory_ends_the_evaluation(images: Path, truth: Truth) -> None:
+    class Full(ScriptedPredictor):
+        def predict_prepared(self, images: Sequence[Prepared]) -> list[Found | DeviceError]:  # type: ignore[override]
+            return [DeviceError("device cuda:0: out of memory.")]
+
+    ground_truth = truth((1, 17, BOX), categories=(CocoCategory(17, "cat"),))
+    with pytest.raises(DeviceError, match="out of memory"):
+        list(predict_images(Full([]), ground_truth, images, map_classes(TABLE, ground_truth.categories)))

@@ -8,18 +8,23 @@ from functools import cached_property
 from pathlib import Path
 
 from ddetr_cli.classes import CategoryId, ClassTable
+from ddetr_cli.data.findings import Finding, told
 
 ImageId = int | str
 
 
 @dataclass(frozen=True, slots=True)
 class CocoImage:
-    """One listed picture; ``id`` is the file's own, unchanged."""
+    """One listed picture; ``id`` is the file's own, unchanged.
+
+    ``is_upright`` where width, height and boxes are those of the picture turned by its EXIF orientation (YOLO).
+    """
 
     id: ImageId
     file_name: str
     width: int
     height: int
+    is_upright: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +49,18 @@ class CocoAnnotation:
 
 @dataclass(frozen=True)
 class CocoAnnotations:
-    """A validated annotation file. ``repairs`` holds one counted sentence per kind of repair, in order."""
+    """A validated annotation file; ``findings`` are what was odd in it, and what was done about that."""
 
     path: Path
     images: tuple[CocoImage, ...]
     annotations: tuple[CocoAnnotation, ...]
     categories: tuple[CocoCategory, ...]
-    repairs: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def repairs(self) -> tuple[str, ...]:
+        """One sentence for each kind of repair, for the user to read."""
+        return tuple(told(self.path, self.findings))
 
     @cached_property
     def by_image(self) -> Mapping[ImageId, tuple[CocoAnnotation, ...]]:

@@ -60,8 +60,9 @@ class ClassMapping:
 def map_classes(table: ClassTable, categories: Sequence[CocoCategory]) -> ClassMapping:
     """The mapping of ``table`` onto the categories of a data set: identity for equal (id, name) pairs, else by name.
 
-    A name without an exact counterpart may match in other case where that is unambiguous ("RBC", "rbc"). Raises
-    DatasetError where no class has a counterpart, or a name to be matched occurs twice in the data set.
+    Of several categories with one name the one with the class's id is meant. A name without an exact counterpart may
+    match in other case where that is unambiguous ("RBC", "rbc"). Raises DatasetError where no class has a
+    counterpart, or which of two categories of one name is meant cannot be told.
     """
     named = {
         (category_id, name)
@@ -70,7 +71,10 @@ def map_classes(table: ClassTable, categories: Sequence[CocoCategory]) -> ClassM
     }
     if named == {(category.id, category.name) for category in categories}:
         return ClassMapping(table, table.category_ids, table.names, is_identity=True)
-    matches = [None if name is None else _match(name, categories) for name in table.names]
+    matches = [
+        None if name is None else _match(category_id, name, categories)
+        for category_id, name in zip(table.category_ids, table.names, strict=True)
+    ]
     if not any(matches):
         raise DatasetError(
             f"categories: none of the data set's ({some([c.name for c in categories])}) is a class of the model "
@@ -84,9 +88,12 @@ def map_classes(table: ClassTable, categories: Sequence[CocoCategory]) -> ClassM
     )
 
 
-def _match(name: str, categories: Sequence[CocoCategory]) -> CocoCategory | None:
+def _match(category_id: CategoryId, name: str, categories: Sequence[CocoCategory]) -> CocoCategory | None:
     exact = [category for category in categories if category.name == name]
     if len(exact) > 1:
+        same_id = [category for category in exact if category.id == category_id]
+        if same_id:
+            return same_id[0]
         raise DatasetError(
             f"category name {name!r}: belongs to {len(exact)} categories (ids {some([str(c.id) for c in exact])}), "
             "so the model's class of that name cannot be mapped. Give the categories different names."

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from ddetr_cli.boxes import xyxy_to_xywh
 from ddetr_cli.data.coco import CocoAnnotations, CocoImage, read_dataset_image
-from ddetr_cli.errors import DatasetError, ImageError
+from ddetr_cli.errors import DatasetError, DeviceError, ImageError
 from ddetr_cli.evaluate.mapping import ClassMapping, MapMissing
 from ddetr_cli.evaluate.predictions import Detection
+from ddetr_cli.inference.ahead import helper_threads, map_ahead
+from ddetr_cli.inference.preparation import Prepared
 
 
 class Boxes(Protocol):
@@ -36,7 +41,11 @@ class Boxes(Protocol):
 class PredictsBoxes(Protocol):
     """The part of ``inference.predictor.Predictor`` used here."""
 
-    def predict(self, images: Sequence[Image.Image]) -> Sequence[Boxes]: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def prepare(self) -> Callable[[Image.Image], Prepared]: ...
+    def predict_prepared(self, images: Sequence[Prepared]) -> Sequence[Boxes | DeviceError]: ...
 
 
 @dataclass(frozen=True)
@@ -58,24 +67,28 @@ def predict_images(
     batch_size: int = 1,
     map_missing: MapMissing = "error",
 ) -> Iterator[ImageResult]:
-    """One ``ImageResult`` per image of ``annotations``, in its order; ``batch_size`` images are held at a time.
+    """One ``ImageResult`` per image of ``annotations``, in its order; about ``batch_size`` images are held at a time.
 
-    COCO's pictures are read as stored, without turning them by EXIF. Raises DatasetError for an unreadable image (a
-    score over the rest would be another data set's) and, unless ``map_missing`` is "drop", for a predicted class
-    without counterpart.
+    COCO's pictures are read as stored, without turning them by EXIF, while the model works on those before. Raises
+    DatasetError for an unreadable image (a score over the rest would be another data set's) and, unless
+    ``map_missing`` is "drop", for a predicted class without counterpart; DeviceError.
     """
-    for start in range(0, len(annotations.images), batch_size):
-        batch = annotations.images[start : start + batch_size]
-        pictures = [_read(root, image) for image in batch]
-        for image, boxes in zip(batch, predictor.predict(pictures), strict=True):
-            yield _result(image, boxes, mapping, map_missing)
 
+    def read(image: CocoImage) -> tuple[CocoImage, Prepared]:
+        try:
+            return image, predictor.prepare(read_dataset_image(root, image))
+        except ImageError as error:
+            raise DatasetError(f"{error} (image {image.id!r} of the data set)") from error
 
-def _read(root: Path, image: CocoImage) -> Image.Image:
-    try:
-        return read_dataset_image(root, image)
-    except ImageError as error:
-        raise DatasetError(f"{error} (image {image.id!r} of the data set)") from error
+    threads = helper_threads(predictor.device.type)
+    with ThreadPoolExecutor(threads, thread_name_prefix="ddetr") as pool:
+        ready = map_ahead(pool, read, annotations.images, max(threads, batch_size))
+        while batch := list(islice(ready, batch_size)):
+            found = predictor.predict_prepared([prepared for _, prepared in batch])
+            for (image, _), boxes in zip(batch, found, strict=True):
+                if isinstance(boxes, DeviceError):
+                    raise boxes
+                yield _result(image, boxes, mapping, map_missing)
 
 
 def _result(image: CocoImage, boxes: Boxes, mapping: ClassMapping, map_missing: MapMissing) -> ImageResult:
