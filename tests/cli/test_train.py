@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from ddetr_cli.cli.app import main
+from ddetr_cli.cli.console import StopSignals, Terminated
 from ddetr_cli.train import run as train_run
+from ddetr_cli.train.epochs import TrainResult
 from ddetr_cli.train.loop import Progress
 from ddetr_cli.train.options import TrainOptions
-from ddetr_cli.train.run import TrainResult
 
 
 @pytest.fixture
@@ -16,7 +19,7 @@ def handed_down(monkeypatch: pytest.MonkeyPatch) -> list[TrainOptions]:
     """The options that reach the library, which does not train."""
     seen: list[TrainOptions] = []
 
-    def record(options: TrainOptions, progress: object) -> TrainResult:
+    def record(options: TrainOptions, progress: object, stop: object) -> TrainResult:
         seen.append(options)
         return TrainResult(options.output / "best.safetensors", 3, 0.5)
 
@@ -48,11 +51,17 @@ def test_options_reach_the_library_unchanged(
     [
         (["train"], "DATA: missing"),
         (["train", "x", "--preset", "r51"], "unknown. Choose one of r50"),
+        (["train", "x", "--preset", "fasterrcnn-r50-fpn"], "fasterrcnn-r50-fpn: cannot be trained here"),
         (["train", "x", "--epochs", "0"], "epochs"),
         (["train", "x", "--learning-rate", "nan"], "not a positive number"),
         (["train", "x", "--batch-size", "-3"], "batch-size"),
         (["train", "x", "--device", "tpu"], "Choose auto, cpu, cuda"),
-        (["train", "x", "--resume", "run"], "Leave out all but"),
+        (["train", "x", "--override"], "of use with --resume only"),
+        (["train", "--resume", "run", "--output", "other"], "goes on in its own folder"),
+        (["train", "x", "--ema", "1"], "ema"),
+        (["train", "x", "--keep", "0"], "keep"),
+        (["train", "x", "--save-every", "-1"], "save-every"),
+        (["train", "x", "--accumulate", "0"], "accumulate"),
         (["train", "x", "--init", "demo", "--backbone-weights", "none"], "Leave one out"),
         (["train", "x", "--seed", "99999999999"], "seed"),
     ],
@@ -119,7 +128,7 @@ def test_quiet_leaves_warnings_only(
 ) -> None:
     val: dict[str, float | None] = {"AP": 0.25, "AP50": 0.5, "APs": None, "APm": 0.25, "APl": 0.25}
 
-    def talk(options: TrainOptions, progress: Progress) -> TrainResult:
+    def talk(options: TrainOptions, progress: Progress, stop: object) -> TrainResult:
         progress.note("downloading")
         progress.warn("no val split")
         progress.step(1, 1, 1, 2.0)
@@ -137,3 +146,63 @@ def test_quiet_leaves_warnings_only(
             "epoch 1, loss 2.000, 3.0 images/s, 1 steps skipped (loss not finite), AP 0.250, AP50 0.500, APs n/a"
         )
         assert lines[3] == "best validation AP n/a (epoch 1): ddetr-run/best.safetensors"
+
+
+def test_options_of_a_resumed_run_that_differ_are_named(
+    handed_down: list[TrainOptions], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ddetr_cli.atomic import write_json
+
+    first = TrainOptions(output=tmp_path, data=Path("cells"), preset="tiny", epochs=9, augmentation="paper")
+    write_json(tmp_path / "config.json", {"options": first.to_json()})
+    resume = ["train", "--resume", str(tmp_path)]
+    assert main([*resume, "--epochs", "12", "--augment", "jitter"]) == 2
+    assert "was started with " in (err := capsys.readouterr().err)
+    assert "epochs 9, not 12" in err and "augmentation paper, not jitter" in err and "--override" in err
+    assert main([*resume, "--queries", "7", "--override"]) == 2
+    assert "--init" in capsys.readouterr().err
+    # What is the same may be said again, and a default that was not asked for is no change.
+    assert main([*resume, "--epochs", "9", "--preset", "tiny", "--keep", "5"]) == 0
+    assert main([*resume, "--epochs", "12", "--override"]) == 0
+    assert [(options.epochs, options.keep, options.override) for options in handed_down] == [
+        (9, 5, False), (12, 2, True),
+    ]  # fmt: skip
+
+
+def test_the_help_page_groups_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    sections = [
+        line for line in capsys.readouterr().out.splitlines() if line.endswith(":") and not line.startswith(" ")
+    ]
+    assert sections == ["Arguments:", "Model:", "Recipe:", "Data:", "Run:", "Options:"]
+
+
+def test_a_signal_that_arrives_twice_at_once_is_one_request_where_a_grace_is_given(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with StopSignals((signal.SIGTERM, signal.SIGUSR1), grace=3600.0) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGUSR1
+    with StopSignals((signal.SIGTERM,)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)])
+def test_a_run_that_was_stopped_names_the_command_to_go_on_with_and_its_exit_code(
+    number: str, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(options: TrainOptions, progress: Progress, stop: StopSignals) -> TrainResult:
+        with stop:
+            os.kill(os.getpid(), getattr(signal, number))
+        return TrainResult(options.output / "best.safetensors", 0, None, stopped=True)
+
+    monkeypatch.setattr(train_run, "run_training", stopped)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        assert main(["train", "cells", "-o", "my run"]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "saved. Go on with: ddetr train --resume 'my run'" in capfd.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.process
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,18 @@ import pytest
 from PIL import Image
 
 from ddetr_cli.train.options import TrainOptions
+
+# ``tiny`` made so small that a step takes milliseconds and a checkpoint a megabyte; with dropout, to see it repeated.
+NANO = """
+from dataclasses import replace
+from torch import nn
+from ddetr_cli.model.backbone import BACKBONES, BackboneSpec, BasicBlock
+from ddetr_cli.presets import PRESETS
+BACKBONES["resnet-tiny"] = BackboneSpec(BasicBlock, 8, 3, (8, 8, 16, 16), (1, 1, 1, 1), nn.BatchNorm2d, ())
+PRESETS["tiny"] = replace(
+    PRESETS["tiny"], hidden_dim=64, heads=2, encoder_layers=1, decoder_layers=3, ffn_dim=32, dropout=0.1
+)
+"""
 
 COLOURS = {3: (200, 40, 40), 11: (40, 60, 210)}
 
@@ -62,6 +76,7 @@ class Watcher:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.rows: list[dict[str, Any]] = []
+        self.losses: list[float] = []
         self.stop_after = stop_after
 
     def note(self, text: str) -> None:
@@ -71,7 +86,7 @@ class Watcher:
         self.warnings.append(text)
 
     def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
-        """Nothing to keep."""
+        self.losses.append(loss)
 
     def epoch(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -97,3 +112,69 @@ def small_options(squares: Path) -> Callable[..., TrainOptions]:
         return TrainOptions(output=output, **{**values, **changes})
 
     return options
+
+
+@pytest.fixture
+def nano(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within this process ``tiny`` is of almost no size."""
+    from ddetr_cli.model.backbone import BACKBONES
+    from ddetr_cli.presets import PRESETS
+
+    for table in (BACKBONES, PRESETS):
+        name = "resnet-tiny" if table is BACKBONES else "tiny"
+        monkeypatch.setitem(table, name, table[name])  # put back afterwards
+    exec(NANO, {})
+
+
+@pytest.fixture(scope="session")
+def nano_code() -> str:
+    """Code that makes ``tiny`` nano in the process that runs it."""
+    return NANO
+
+
+class Trainings:
+    """Starts ``ddetr`` with a nano ``tiny``, each in a process of its own; all imports are done once, before."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["ddetr_cli.train.run", "ddetr_cli.cli.train", "pycocotools.cocoeval"])
+
+    def start(self, arguments: list[str], log: Path, *, before: str = "") -> multiprocessing.process.BaseProcess:
+        """``ddetr *arguments``, after the code ``before``; what it says goes to ``log``."""
+        code = (
+            f"import os, signal, sys, torch\nos.setsid()\ntorch.set_num_threads(1)\n{NANO}\n"
+            # A shell's background job ignores Ctrl-C, and so does all that it starts.
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            f"talk = os.open({str(log)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)\n"
+            "os.dup2(talk, 1)\nos.dup2(talk, 2)\n"
+            f"sys.stdout = open(1, 'w', closefd=False)\nsys.stderr = open(2, 'w', closefd=False)\n{before}\n"
+            f"from ddetr_cli.cli.app import main\nsys.exit(main({arguments!r}))"
+        )
+        process = self._context.Process(target=exec, args=(code, {}))
+        process.start()
+        return process
+
+    def run(self, arguments: list[str], log: Path, *, before: str = "") -> int | None:
+        """Its exit code, or None where it did not end within two minutes."""
+        process = self.start(arguments, log, before=before)
+        process.join(120)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            return None
+        return process.exitcode
+
+
+@pytest.fixture(scope="session")
+def trainings() -> Trainings:
+    """Starts trainings of a nano model in processes that may be killed."""
+    return Trainings()
+
+
+@pytest.fixture(scope="session")
+def dozen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train (12 pictures), val (3)."""
+    root = tmp_path_factory.mktemp("dozen")
+    _write_split(root, "train", 12, seed=1)
+    _write_split(root, "val", 3, seed=2)
+    return root

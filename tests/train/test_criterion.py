@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,91 +9,117 @@ import torch
 from torch import Tensor
 
 from ddetr_cli.model.detector import DetectorOutput
-from ddetr_cli.train.criterion import Criterion, focal_loss, paired_giou
+from ddetr_cli.presets import DEFORMABLE_DETR, DETR
+from ddetr_cli.train.criterion import OBJECTIVES, Criterion, focal_loss, paired_giou
 from ddetr_cli.train.matcher import Target, match
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "criterion.npz"
+GOLDEN = Path(__file__).parents[1] / "golden"
+FAMILIES = [DEFORMABLE_DETR, DETR]
 
 
-@pytest.fixture(scope="module")
-def authors() -> dict[str, Tensor]:
-    with np.load(GOLDEN) as arrays:
-        return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+@dataclass
+class Case:
+    """Three decoder layers of one family (layer 2 is the last), as leaves, and what its authors' criterion says."""
+
+    family: str
+    numbers: dict[str, Tensor]
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    targets: list[Target]
+
+    @property
+    def output(self) -> DetectorOutput:
+        last, aux = self.pairs["layer2"], [self.pairs["layer0"], self.pairs["layer1"]]
+        return DetectorOutput(*last, aux=aux, proposals=self.pairs.get("enc"))
 
 
-def _targets(numbers: dict[str, Tensor]) -> list[Target]:
-    return [Target(numbers[f"target{i}_labels"], numbers[f"target{i}_boxes"].reshape(-1, 4)) for i in range(3)]
+@pytest.fixture(params=FAMILIES)
+def case(request: pytest.FixtureRequest) -> Case:
+    numbers = _read("criterion")
+    names = ["layer0", "layer1", "layer2"]
+    if request.param == DETR:
+        # The same logits, boxes and objects, but for labels: the last output means "no object" here.
+        numbers |= _read("detr_criterion")
+    else:
+        names.append("enc")
+    pairs = {n: (numbers[f"{n}_logits"].requires_grad_(), numbers[f"{n}_boxes"].requires_grad_()) for n in names}
+    targets = [Target(numbers[f"target{i}_labels"], numbers[f"target{i}_boxes"].reshape(-1, 4)) for i in range(3)]
+    return Case(request.param, numbers, pairs, targets)
 
 
-def _output(numbers: dict[str, Tensor]) -> tuple[DetectorOutput, dict[str, tuple[Tensor, Tensor]]]:
-    """The authors' three layers and encoder, as leaves; layer 2 is the last."""
-    pairs = {
-        name: (numbers[f"{name}_logits"].clone().requires_grad_(), numbers[f"{name}_boxes"].clone().requires_grad_())
-        for name in ("layer0", "layer1", "layer2", "enc")
-    }
-    output = DetectorOutput(*pairs["layer2"], aux=[pairs["layer0"], pairs["layer1"]], proposals=pairs["enc"])
-    return output, pairs
+def _read(name: str) -> dict[str, Tensor]:
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
 
 
-def test_matches_are_the_authors(authors: dict[str, Tensor]) -> None:
-    _, pairs = _output(authors)
-    targets = _targets(authors)
-    binary = [Target(torch.zeros_like(t.labels), t.boxes_cxcywh) for t in targets]
-    for name, pair in pairs.items():
-        (found,) = match([pair], binary if name == "enc" else targets)
+def test_matches_are_the_authors(case: Case) -> None:
+    binary = [Target(torch.zeros_like(t.labels), t.boxes_cxcywh) for t in case.targets]
+    for name, pair in case.pairs.items():
+        (found,) = match([pair], binary if name == "enc" else case.targets, OBJECTIVES[case.family].cost)
         for image, (queries, objects) in enumerate(found):
-            wanted = authors[f"{name}_match{image}"]
+            wanted = case.numbers[f"{name}_match{image}"]
             order = objects.argsort()
             wanted_order = wanted[1].argsort()
             assert torch.equal(queries[order], wanted[0][wanted_order])
             assert torch.equal(objects[order], wanted[1][wanted_order])
 
 
-def test_every_loss_and_the_total_are_the_authors(authors: dict[str, Tensor]) -> None:
-    output, _ = _output(authors)
-    total, terms = Criterion()(output, _targets(authors))
-    torch.testing.assert_close(total, authors["total"], rtol=1e-9, atol=1e-9)
-    expected = {name.removeprefix("loss/"): t for name, t in authors.items() if name.startswith("loss/loss_")}
-    assert set(terms) == set(expected)
+def test_every_loss_and_the_total_are_the_authors(case: Case) -> None:
+    total, terms = Criterion(case.family)(case.output, case.targets)
+    torch.testing.assert_close(total, case.numbers["total"], rtol=1e-9, atol=1e-9)
+    names = [f"loss_{kind}{layer}" for layer in ("", "_0", "_1", "_enc") for kind in ("ce", "bbox", "giou")]
+    assert list(terms) == [name for name in names if case.family != DETR or not name.endswith("_enc")]
     for name, value in terms.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(value, case.numbers[f"loss/{name}"], rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_of_the_total_are_the_authors(authors: dict[str, Tensor]) -> None:
-    output, pairs = _output(authors)
-    total, _ = Criterion()(output, _targets(authors))
+def test_gradients_of_the_total_are_the_authors(case: Case) -> None:
+    total, _ = Criterion(case.family)(case.output, case.targets)
     total.backward()
-    for name, (logits, boxes) in pairs.items():
-        torch.testing.assert_close(logits.grad, authors[f"{name}_grad_logits"], rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(boxes.grad, authors[f"{name}_grad_boxes"], rtol=1e-9, atol=1e-9)
+    for name, (logits, boxes) in case.pairs.items():
+        torch.testing.assert_close(logits.grad, case.numbers[f"{name}_grad_logits"], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(boxes.grad, case.numbers[f"{name}_grad_boxes"], rtol=1e-9, atol=1e-9)
 
 
-def test_a_batch_without_objects_has_a_finite_loss_and_pushes_scores_down() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_without_objects_has_a_finite_loss_and_pushes_scores_down(family: str) -> None:
     logits = torch.zeros(2, 5, 3, requires_grad=True)
     boxes = torch.full((2, 5, 4), 0.5, requires_grad=True)
     empty = Target(torch.empty(0, dtype=torch.long), torch.empty(0, 4))
-    total, terms = Criterion()(DetectorOutput(logits, boxes), [empty, empty])
+    total, terms = Criterion(family)(DetectorOutput(logits, boxes), [empty, empty])
     total.backward()
     assert torch.isfinite(total)
     assert terms["loss_bbox"] == 0 and terms["loss_giou"] == 0
-    assert (logits.grad > 0).all()
+    assert (logits.grad[..., :2] > 0).all()
+    assert ((logits.grad[..., 2] < 0) == (family == DETR)).all()  # DETR's last output is "no object"
+
+
+def test_a_query_without_an_object_counts_a_tenth_in_detrs_class_loss() -> None:
+    # Uniform probabilities but for query 0, which gives its object 3/5; so does its match's class, 0.
+    logits = torch.zeros(1, 3, 3, dtype=torch.float64)
+    logits[0, 0, 0] = np.log(3)
+    box = torch.tensor([[0.5, 0.5, 0.2, 0.2]], dtype=torch.float64)
+    output = DetectorOutput(logits, box.expand(1, 3, 4))
+    _, terms = Criterion(DETR)(output, [Target(torch.tensor([0]), box)])
+    expected = (1.0 * -np.log(3 / 5) + 2 * 0.1 * -np.log(1 / 3)) / (1.0 + 2 * 0.1)
+    assert terms["loss_ce"].item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_more_objects_than_queries_match_every_query_once() -> None:
     boxes = torch.rand(1, 4, 4) * 0.5 + 0.2
     target = Target(torch.zeros(9, dtype=torch.long), torch.rand(9, 4) * 0.5 + 0.2)
-    ((pair,),) = match([(torch.zeros(1, 4, 2), boxes)], [target])
+    ((pair,),) = match([(torch.zeros(1, 4, 2), boxes)], [target], OBJECTIVES[DEFORMABLE_DETR].cost)
     assert sorted(pair[0].tolist()) == [0, 1, 2, 3]
     assert len(set(pair[1].tolist())) == 4
 
 
-def test_a_cost_that_is_not_finite_still_matches() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cost_that_is_not_finite_still_matches(family: str) -> None:
     logits = torch.zeros(1, 3, 2)
     boxes = torch.full((1, 3, 4), 0.5)
     boxes[0, 0] = float("nan")
     logits[0, 1] = float("nan")
     target = Target(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.5, 0.5]]))
-    (((queries, objects),),) = match([(logits, boxes)], [target])
+    (((queries, objects),),) = match([(logits, boxes)], [target], OBJECTIVES[family].cost)
     assert queries.tolist() == [2] and objects.tolist() == [0]
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from ddetr_cli.data.coco import read_annotations
 from ddetr_cli.errors import DatasetError
-from ddetr_cli.train.dataset import BatchSampler, TrainingSet, collate, read_batches
+from ddetr_cli.train.dataset import TrainingSet, collate
+from ddetr_cli.train.loader import open_batches
+from ddetr_cli.train.sampler import BatchSampler
 
 
 @pytest.fixture
@@ -43,13 +44,35 @@ def test_a_sample_follows_from_seed_epoch_and_index_alone(data: Path) -> None:
     assert not torch.equal(first[3][0], _set(data, seed=2)[3][0])
 
 
-def test_a_damaged_picture_is_named_whether_a_worker_reads_it_or_not(data: Path) -> None:
+def test_a_picture_that_breaks_is_replaced_by_the_next_and_named(data: Path) -> None:
+    dataset = _set(data)
+    expected = {index: dataset[index] for index in range(6)}
     (data / "images" / "2.png").write_bytes(b"not a picture")
+    (data / "images" / "5.png").unlink()
+    dataset = _set(data)
+    for index in (0, 1, 3, 4):
+        assert torch.equal(dataset[index].pixels, expected[index].pixels) and dataset[index].unreadable == ()
+    (found,) = dataset[2].unreadable
+    assert found[0] == 2 and found[1].startswith(str(data / "images" / "2.png"))
+    # The last is followed by the first. What varies a picture still follows from the index that was asked for.
+    assert [index for index, _ in dataset[5].unreadable] == [5]
+    assert torch.equal(dataset[2].pixels, _set(data)[2].pixels)
+    batch = collate([dataset[1], dataset[2], dataset[2]])
+    assert [index for index, _ in batch.unreadable] == [2] and len(batch.targets) == 3
+
+
+def test_where_no_picture_can_be_read_one_is_named_whether_a_worker_reads_it_or_not(data: Path) -> None:
+    for path in (data / "images").iterdir():
+        path.unlink()
     for workers in (0, 1):
-        loader = DataLoader(_set(data), batch_size=6, collate_fn=collate, num_workers=workers)
-        with pytest.raises(DatasetError) as caught:
-            list(read_batches(loader))
-        assert str(caught.value).startswith(str(data / "images" / "2.png"))
+        with (
+            open_batches(
+                _set(data), BatchSampler([1.0] * 6, 6, 1), workers=workers, pin_memory=False, warn=pytest.fail
+            ) as batches,
+            pytest.raises(DatasetError, match="None of 6 images in a row could be read") as caught,
+        ):
+            list(batches)
+        assert str(caught.value).startswith(str(data / "images"))
         assert "\n" not in str(caught.value)
 
 
@@ -69,7 +92,7 @@ def test_crowds_are_not_objects_to_find(data: Path) -> None:
 
 
 def test_labels_are_ranks_and_boxes_are_fractions(data: Path) -> None:
-    pixels, target = _set(data)[1]
+    pixels, target, _ = _set(data)[1]
     assert pixels.shape == (3, 64, 85)  # 80:60 at short side 64
     assert target.labels.tolist() == [0]
     assert ((target.boxes_cxcywh >= 0) & (target.boxes_cxcywh <= 1)).all()
@@ -78,28 +101,7 @@ def test_labels_are_ranks_and_boxes_are_fractions(data: Path) -> None:
 def test_a_batch_of_one_size_carries_no_padding(data: Path) -> None:
     dataset = _set(data)
     assert collate([dataset[0], dataset[1]]).is_padding is None
-    smaller = dataset[1][0][:, :32], dataset[1][1]
+    smaller = dataset[1]._replace(pixels=dataset[1].pixels[:, :32])
     batch = collate([dataset[0], smaller])
     assert batch.pixels.shape == (2, 3, 64, 96)  # in steps of 32
     assert batch.is_padding is not None and batch.is_padding.sum() == 64 * 11 + 64 * 96 - 32 * 85
-
-
-def test_the_order_of_an_epoch_follows_from_seed_and_epoch() -> None:
-    sampler = BatchSampler([1.0] * 50, 4, seed=3)
-    first = list(sampler)
-    assert list(sampler) == first
-    assert len(first) == len(sampler) == 12 and all(len(batch) == 4 for batch in first)
-    assert len({index for batch in first for index in batch}) == 48
-    sampler.epoch = 1
-    assert list(sampler) != first
-
-
-def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
-    assert [sorted(batch) for batch in BatchSampler([1.0, 2.0], 4, seed=3)] == [[0, 1]]
-
-
-def test_portraits_and_landscapes_do_not_share_batches() -> None:
-    aspects = [0.75, 1.5] * 64
-    mixed = sum(len({aspects[index] for index in batch}) > 1 for batch in BatchSampler(aspects, 4, seed=1))
-    # At most one batch of each of the two windows holds the border between them.
-    assert mixed <= 2

@@ -5,7 +5,16 @@ import torch
 
 from ddetr_cli.model.detector import build_detector
 from ddetr_cli.presets import get_preset
-from ddetr_cli.train.recipe import AveragedWeights, paper_recipe, parameter_groups, rate_factor, scratch_recipe
+from ddetr_cli.train.recipe import (
+    FROZEN,
+    AveragedWeights,
+    detr_recipe,
+    freeze_parameters,
+    paper_recipe,
+    parameter_groups,
+    rate_factor,
+    scratch_recipe,
+)
 
 
 def test_the_paper_recipe_at_batch_32_is_the_published_one() -> None:
@@ -16,8 +25,17 @@ def test_the_paper_recipe_at_batch_32_is_the_published_one() -> None:
     assert factors == pytest.approx([1.0, 1.0, 0.1, 0.1])
 
 
+def test_detrs_recipe_at_batch_16_is_the_published_one() -> None:
+    recipe = detr_recipe(batch_size=16)
+    assert (recipe.learning_rate, recipe.backbone_rate, recipe.weight_decay) == (1e-4, 1e-5, 1e-4)
+    assert (recipe.epochs, recipe.clip_norm, recipe.seed, recipe.augmentation) == (300, 0.1, 42, "paper")
+    factors = [rate_factor(recipe, epoch * 10, steps_per_epoch=10) for epoch in (0, 199, 200, 299)]
+    assert factors == pytest.approx([1.0, 1.0, 0.1, 0.1])
+
+
 def test_rates_scale_linearly_with_the_batch() -> None:
     assert paper_recipe(batch_size=2).learning_rate == pytest.approx(2e-4 / 16)
+    assert detr_recipe(batch_size=2).learning_rate == pytest.approx(1e-4 / 8)
 
 
 def test_parameter_groups_are_the_authors() -> None:
@@ -36,6 +54,17 @@ def test_parameter_groups_are_the_authors() -> None:
     )
     total = sum(p.numel() for group in groups.values() for p in group["params"])
     assert total == 33_844_193
+
+
+def test_detr_has_the_trunk_and_the_rest_for_parameter_groups() -> None:
+    with torch.device("meta"):
+        model = build_detector(get_preset("detr-r50"))
+    groups = {group["name"]: group for group in parameter_groups(model, detr_recipe(batch_size=16))}
+    assert {name: group["lr"] for name, group in groups.items()} == pytest.approx({"rest": 1e-4, "backbone": 1e-5})
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    in_backbone = {names[id(p)] for p in groups["backbone"]["params"]}
+    assert in_backbone == {n for n in names.values() if n.startswith("backbone.layer") and "layer1" not in n}
+    assert sum(p.numel() for group in groups.values() for p in group["params"]) == 41_302_368
 
 
 def test_the_cosine_schedule_warms_up_and_ends_low() -> None:
@@ -67,3 +96,21 @@ def test_averaged_weights_follow_the_model_and_copy_counters() -> None:
     # First step: keep min(0.5, 1/11), so 1/11 * 1 + 10/11 * 3.
     assert average.state["weight"].tolist() == pytest.approx([31 / 11] * 2)
     assert average.state["num_batches_tracked"].item() == 7
+
+
+def test_freezing_names_the_trunk_then_the_encoder_then_all_but_heads_and_queries() -> None:
+    trained = {}
+    for freeze in FROZEN:
+        with torch.device("meta"):
+            model = build_detector(get_preset("r50-two-stage"))
+        freeze_parameters(model, freeze)
+        trained[freeze] = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+        has_encoder = any(n.startswith("transformer.encoder") for n, p in model.named_parameters() if p.requires_grad)
+        assert has_encoder == (freeze in ("none", "backbone"))
+    heads = {"class_embed", "bbox_embed"}
+    assert trained == {
+        "none": heads | {"backbone", "input_proj", "transformer"},
+        "backbone": heads | {"input_proj", "transformer"},
+        "encoder": heads | {"transformer"},
+        "transformer": heads,
+    }

@@ -1,29 +1,27 @@
 from __future__ import annotations
 
 import fcntl
+import json
 from pathlib import Path
 
 import pytest
 
-from ddetr_cli.errors import CheckpointError, OutputError
-from ddetr_cli.train.run_state import RunState, append_metrics, clear_run, keep_metrics, open_run
+from ddetr_cli.errors import OutputError
+from ddetr_cli.train.run_state import EpochSums, RunState, append_metrics, clear_run, keep_metrics, open_run
 
 
-def test_a_damaged_state_is_refused_with_its_path(tmp_path: Path) -> None:
-    (tmp_path / "state.pth").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(CheckpointError, match=r"state\.pth: damaged"):
-        RunState.load(tmp_path)
-
-
-def test_a_run_without_a_finished_epoch_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no epoch of this run was finished"):
-        RunState.load(tmp_path)
+def test_the_counters_of_a_run_survive_json() -> None:
+    state = RunState(epoch=3, step=2, unreadable=[4], sums=EpochSums({"loss": 0.1 + 0.2}, counted=2, seconds=1.5))
+    assert RunState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 
 def test_two_trainings_cannot_share_a_run(tmp_path: Path) -> None:
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="another training"), open_run(tmp_path, resume=False, overwrite=True):
+        with (
+            pytest.raises(OutputError, match="locked by pid unknown, another training"),
+            open_run(tmp_path, resume=False, overwrite=True),
+        ):
             pytest.fail("the lock was given twice")
 
 
@@ -35,10 +33,12 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_clearing_a_run_leaves_what_training_did_not_write(tmp_path: Path) -> None:
-    for name in ("best.safetensors", "last.safetensors", "state.pth", "metrics.jsonl", "config.json", "notes.txt"):
+    (tmp_path / "checkpoints").mkdir()
+    written = ["best.safetensors", "last.safetensors", "diverged.safetensors", "metrics.jsonl", "config.json"]
+    for name in (*written, "checkpoints/step-00000012.safetensors", "checkpoints/mine", "notes.txt"):
         (tmp_path / name).write_text("")
     clear_run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoints", "mine", "notes.txt"]
 
 
 def test_what_a_killed_training_left_half_written_goes(tmp_path: Path) -> None:

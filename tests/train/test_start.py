@@ -102,11 +102,65 @@ def test_a_resumed_run_takes_its_shape_from_its_configuration_alone(tmp_path: Pa
     assert starting_model(options, COLOURS, watcher()).config == config
 
 
-def test_the_recipe_follows_the_trunk_and_keeps_the_ratio_of_the_rates() -> None:
+def test_faster_rcnn_is_refused_before_it_is_built(watcher: type[Any]) -> None:
+    with pytest.raises(UsageError, match="cannot be trained here"):
+        starting_model(TrainOptions(Path("run"), preset="fasterrcnn-r50-fpn"), COLOURS, watcher())
+
+
+def test_a_detr_keeps_all_but_its_class_head_and_queries_on_other_data(tmp_path: Path, watcher: type[Any]) -> None:
+    config = get_preset(
+        "detr-r50", backbone="resnet-tiny", hidden_dim=64, encoder_layers=1, decoder_layers=1, classes=2, queries=9
+    )
+    path = tmp_path / "detr.safetensors"
+    save_checkpoint(path, build_detector(config), COLOURS)
+    progress = watcher()
+    fruit = ClassTable((1, 2, 3), ("cherry", "plum", "fig"))
+    model = starting_model(TrainOptions(Path("run"), init=str(path), queries=5), fruit, progress)
+    state, old = model.state_dict(), _state(path)
+    assert state["class_embed.weight"].shape == (3 + 1, 64)
+    renewed = {name for name, tensor in old.items() if not torch.equal(tensor, state[name])}
+    assert renewed == {"class_embed.weight", "class_embed.bias", "query_embed.weight"}
+    assert len(progress.warnings) == 2
+
+
+def test_the_recipe_follows_family_and_trunk_and_keeps_the_ratio_of_the_rates() -> None:
     options = TrainOptions(Path("run"), batch_size=4, learning_rate=1e-3)
     paper = starting_recipe(options, get_preset("r50"))
     assert (paper.schedule, paper.augmentation, paper.epochs, paper.batch_size) == ("step", "paper", 50, 4)
     assert (paper.learning_rate, paper.backbone_rate) == pytest.approx((1e-3, 1e-4))
+    detr = starting_recipe(options, get_preset("detr-r50-dc5"))
+    assert (detr.schedule, detr.augmentation, detr.epochs, detr.batch_size) == ("step", "paper", 300, 4)
+    assert (detr.learning_rate, detr.backbone_rate) == pytest.approx((1e-3, 1e-4))
     scratch = starting_recipe(options, get_preset("tiny"))
     assert (scratch.schedule, scratch.augmentation, scratch.epochs) == ("cosine", "jitter", 100)
     assert (scratch.learning_rate, scratch.backbone_rate) == pytest.approx((1e-3, 1e-3))
+
+
+def test_starting_from_a_model_is_fine_tuning_at_a_lower_rate_in_fewer_epochs() -> None:
+    options = TrainOptions(Path("run"), init="some.safetensors")
+    tuned = starting_recipe(options, get_preset("r50"))
+    assert (tuned.epochs, tuned.schedule, tuned.warmup_steps, tuned.ema_decay) == (25, "cosine", 100, 0.997)
+    assert (tuned.learning_rate, tuned.backbone_rate) == pytest.approx(
+        (2.5e-5, 2.5e-6)
+    )  # of batch 2, half of batch 8's
+    tiny = starting_recipe(options, get_preset("tiny"))
+    assert (tiny.epochs, tiny.batch_size, tiny.augmentation) == (40, 8, "jitter")
+    assert (tiny.learning_rate, tiny.backbone_rate) == pytest.approx((3e-4, 3e-4))
+
+
+def test_options_reach_the_recipe_and_a_batch_is_that_of_all_processes() -> None:
+    options = TrainOptions(
+        Path("run"), schedule="step", warmup=7, ema=0.5, accumulate=2, freeze="backbone", patience=3
+    )  # fmt: skip
+    recipe = starting_recipe(options, get_preset("r50"), processes=8)
+    assert (recipe.batch_size, recipe.learning_rate) == (16, pytest.approx(1e-4))
+    found = (
+        recipe.schedule,
+        recipe.warmup_steps,
+        recipe.ema_decay,
+        recipe.accumulate,
+        recipe.freeze,
+        recipe.patience,
+    )
+    assert found == ("step", 7, 0.5, 2, "backbone", 3)
+    assert starting_recipe(TrainOptions(Path("run"), batch_size=16), get_preset("r50"), 8).batch_size == 16

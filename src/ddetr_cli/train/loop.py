@@ -1,4 +1,4 @@
-"""The training loop: one pass over the data at a time.
+"""One training step, and what a run tells whoever watches it.
 
 Library code: what happens is told to a ``Progress``, never printed.
 """
@@ -6,18 +6,21 @@ Library code: what happens is told to a ``Progress``, never printed.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ddetr_cli.errors import DivergedError
 from ddetr_cli.train.criterion import Criterion
 from ddetr_cli.train.dataset import Batch
-from ddetr_cli.train.recipe import AveragedWeights, Recipe, rate_factor
+from ddetr_cli.train.distributed import Ranks, others_alive
+from ddetr_cli.train.recipe import AveragedWeights, Recipe
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite loss and gradient before a run counts as diverged
 
@@ -38,81 +41,156 @@ class Progress(Protocol):
         """One epoch is done and validated; ``row`` is the line written to metrics.jsonl."""
 
 
-@dataclass
-class EpochResult:
-    """Means over the steps of one epoch."""
+@dataclass(frozen=True)
+class StepResult:
+    """The loss of one step over all processes, and its unweighted terms; a skipped step has no terms."""
 
-    losses: dict[str, float]
-    skipped_steps: int
-    seconds: float
-    images: int
+    loss: float
+    terms: dict[str, float]
 
 
 class Trainer:
     """Model, optimizer and averages of one run, and the step that changes them."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, groups: list[dict[str, Any]], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        recipe: Recipe,
+        groups: list[dict[str, Any]],
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.model = model.to(device).to(memory_format=torch.channels_last)
-        self.recipe, self.device = recipe, device
-        self.criterion = Criterion()
+        self.criterion, self.recipe, self.device = criterion, recipe, device
+        self.ranks = ranks or Ranks()
         self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average = AveragedWeights(model, recipe.ema_decay) if recipe.ema_decay else None
         self.steps_done = 0
-        self._bad_in_a_row = 0
-
-    def train_epoch(self, batches: Iterable[Batch], epoch: int, steps: int, progress: Progress) -> EpochResult:
-        """One pass over ``batches`` (``steps`` of them). Raises DivergedError when the loss stays non-finite.
-
-        A step whose loss or gradient is not finite changes nothing and is counted.
-        """
-        self.model.train()
-        totals: dict[str, float] = {}
-        skipped = images = counted = 0
-        start = time.perf_counter()
-        for number, batch in enumerate(batches, start=1):
-            factor = rate_factor(self.recipe, self.steps_done, steps)
-            for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-                group["lr"] = rate * factor
-            loss, terms = self._step(batch)
-            self.steps_done += 1
-            images += len(batch.targets)
-            if math.isfinite(loss):
-                counted += 1
-                totals["loss"] = totals.get("loss", 0.0) + loss
-                for name, value in terms.items():
-                    totals[name] = totals.get(name, 0.0) + value
-            else:
-                skipped += 1
-            progress.step(epoch, number, steps, loss)
-        means = {name: value / max(counted, 1) for name, value in totals.items()}
-        return EpochResult(means, skipped, time.perf_counter() - start, images)
-
-    def _step(self, batch: Batch) -> tuple[float, dict[str, float]]:
-        pixels = batch.pixels.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        is_padding = None if batch.is_padding is None else batch.is_padding.to(self.device, non_blocking=True)
-        targets = [target.to(self.device) for target in batch.targets]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            output = self.model(pixels, is_padding)
-        total, terms = self.criterion(output, targets)
-        values: Tensor = torch.stack([total.detach(), *terms.values()]).detach().cpu()
-        loss = float(values[0])
-        self.optimizer.zero_grad(set_to_none=True)
-        if math.isfinite(loss):
-            total.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-            if not math.isfinite(float(norm)):
-                loss = math.nan  # a finite loss can still have gradients that would turn every weight into NaN
-        if not math.isfinite(loss):
-            self._bad_in_a_row += 1
-            if self._bad_in_a_row >= MAX_BAD_STEPS:
-                raise DivergedError(
-                    f"training: the loss or its gradient was not finite for {MAX_BAD_STEPS} steps in a row. "
-                    "Lower --learning-rate; the last good checkpoint is kept."
+        self.bad_in_a_row = 0
+        # False while weights, optimizer and averages belong to different steps, and must not be saved.
+        self.is_between_steps = True
+        self._network: nn.Module = self.model
+        if self.ranks.count > 1:
+            # The running statistics of batch-norm are averaged below, where all see the same.
+            with others_alive():
+                self._network = DistributedDataParallel(
+                    self.model, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
-            return loss, {}
-        self._bad_in_a_row = 0
+        norms: list[nn.Module] = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._frozen_norms = [m for m in norms if not any(p.requires_grad for p in m.parameters())]
+        self._statistics = [b for m in norms if m not in self._frozen_norms for b in m.buffers()]
+        self._statistics_before = [torch.empty_like(b) for b in self._statistics]
+
+    def train_mode(self) -> None:
+        """Dropout on, and the batch-norms that train gather statistics: before the steps of an epoch."""
+        self._network.train()
+        for norm in self._frozen_norms:
+            norm.eval()
+
+    def step(self, parts: Sequence[Batch], *, factor: float = 1.0, num_boxes: float | None = None) -> StepResult:
+        """Learn from ``parts``, one pass each, at ``factor`` times the rates.
+
+        ``num_boxes`` is what the losses are divided by: the objects of the whole step, the mean over processes. A
+        step whose loss or gradient is not finite, or that fails, changes nothing; raises DivergedError after
+        ``MAX_BAD_STEPS`` of the former in a row.
+        """
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+        if num_boxes is None:
+            num_boxes = max(1, sum(len(target.labels) for part in parts for target in part.targets))
+        # Dropout draws from torch's generator: seeded at every step, a resumed run repeats an uninterrupted one.
+        torch.manual_seed(_seed(self.recipe.seed, self.steps_done, self.ranks.index))
+        with self._statistics_kept() as put_back:
+            names, values = self._gradients(parts, num_boxes)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+            self.ranks.mean_(values)
+            # The one copy to the host; the norm is that of the averaged gradient, the same for all processes.
+            *numbers, norm_value = torch.cat((values, norm.detach().to(values).reshape(1))).tolist()
+            loss = numbers[0] if math.isfinite(norm_value) else math.nan
+            if not math.isfinite(loss):
+                put_back()
+        if not math.isfinite(loss):
+            self._skip()
+            return StepResult(loss, {})
+        self.is_between_steps = False
         self.optimizer.step()
+        self._average_statistics()
         if self.average is not None:
             self.average.update(self.model)
-        return loss, dict(zip(terms, values[1:].tolist(), strict=True))
+        self.steps_done += 1
+        self.bad_in_a_row = 0
+        self.is_between_steps = True
+        return StepResult(loss, dict(zip(names, numbers[1:], strict=True)))
+
+    def _gradients(self, parts: Sequence[Batch], num_boxes: float) -> tuple[list[str], Tensor]:
+        """Sum the gradients of all parts; returns the names of the terms, and the total loss with the terms."""
+        self.optimizer.zero_grad(set_to_none=True)
+        images = sum(len(part.targets) for part in parts)
+        summed: Tensor | None = None
+        names: list[str] = []
+        for number, part in enumerate(parts, start=1):
+            pixels = part.pixels.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+            is_padding = None if part.is_padding is None else part.is_padding.to(self.device, non_blocking=True)
+            targets = [target.to(self.device) for target in part.targets]
+            with self._exchange(is_last=number == len(parts)):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+                    output = self._network(pixels, is_padding)
+                total, terms = self.criterion(output, targets, num_boxes, share=len(part.targets) / images)
+                total.backward()
+            values = torch.stack([total.detach(), *(term.detach() for term in terms.values())])
+            summed = values if summed is None else summed + values
+            names = list(terms)
+        if summed is None:
+            raise ValueError("a step needs a batch")
+        return names, summed
+
+    @contextmanager
+    def _exchange(self, *, is_last: bool) -> Iterator[None]:
+        """Gradients are averaged over the processes with the last part's, not before."""
+        network = self._network
+        if not isinstance(network, DistributedDataParallel):
+            yield
+            return
+        quiet: AbstractContextManager[Any] = nullcontext() if is_last else network.no_sync()
+        with others_alive(), quiet:
+            yield
+
+    @contextmanager
+    def _statistics_kept(self) -> Iterator[Any]:
+        """Gives a function that undoes what the passes did to batch-norm; a failure inside undoes it too."""
+        if self._statistics:
+            torch._foreach_copy_(self._statistics_before, self._statistics)
+
+        def put_back() -> None:
+            if self._statistics:
+                torch._foreach_copy_(self._statistics, self._statistics_before)
+
+        try:
+            yield put_back
+        except BaseException:
+            put_back()
+            raise
+
+    @torch.no_grad()
+    def _average_statistics(self) -> None:
+        means = [b for b in self._statistics if b.is_floating_point()]  # all have counted the same batches
+        if self.ranks.count > 1 and means:
+            flat = torch.cat([b.flatten() for b in means])
+            self.ranks.mean_(flat)
+            torch._foreach_copy_(means, list(flat.split([b.numel() for b in means])))
+
+    def _skip(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row >= MAX_BAD_STEPS:
+            raise DivergedError(
+                f"training: the loss or its gradient was not finite for {MAX_BAD_STEPS} steps in a row. "
+                "Lower --learning-rate."
+            )
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

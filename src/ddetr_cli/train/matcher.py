@@ -1,11 +1,12 @@
-"""Bipartite matching of predictions to objects. Source: arXiv:2005.12872, section 3.1, with a focal class cost.
+"""Bipartite matching of predictions to objects. Source: arXiv:2005.12872, section 3.1.
 
-# B batch, Q queries, K classes, T objects of one image
+# B batch, Q queries, K outputs of the class head, T objects of one image
+The families differ in the cost of a class: DETR's is that paper's, Deformable DETR's follows its focal loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,18 +31,32 @@ class Target:
         return Target(self.labels.to(device), self.boxes_cxcywh.to(device))
 
 
+def focal_cost(logits: Tensor, labels: Tensor) -> Tensor:
+    """Deformable DETR's class cost (Q,T) of logits (Q,K) for objects of classes (T,)."""
+    p = logits.sigmoid()[:, labels]
+    positive = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -(p + 1e-8).log()
+    negative = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p + 1e-8).log()
+    return positive - negative
+
+
+def softmax_cost(logits: Tensor, labels: Tensor) -> Tensor:
+    """DETR's class cost (Q,T) of logits (Q,K) for objects of classes (T,)."""
+    return -logits.softmax(-1)[:, labels]
+
+
 @dataclass(frozen=True)
 class MatchCost:
-    """Weights of the three costs."""
+    """The class cost, and the weights of the three costs."""
 
-    classes: float = 2.0
+    class_cost: Callable[[Tensor, Tensor], Tensor]  # logits (Q,K), labels (T,) -> (Q,T)
+    classes: float
     l1: float = 5.0
     giou: float = 2.0
 
 
 @torch.no_grad()
 def match(
-    layers: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Target], cost: MatchCost = MatchCost()
+    layers: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Target], cost: MatchCost
 ) -> list[list[tuple[Tensor, Tensor]]]:
     """For each layer and image the matched (query indices, object indices), each (min(Q,T),), on the CPU.
 
@@ -68,9 +83,7 @@ def _cost_matrix(logits: Tensor, boxes_cxcywh: Tensor, target: Target, cost: Mat
     """Cost (Q,T) of giving each object to each query of one image."""
     dtype = torch.promote_types(boxes_cxcywh.dtype, torch.float32)
     boxes, wanted = boxes_cxcywh.to(dtype), target.boxes_cxcywh.to(dtype)
-    p = logits.to(dtype).sigmoid()[:, target.labels]
-    positive = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -(p + 1e-8).log()
-    negative = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p + 1e-8).log()
+    classes = cost.class_cost(logits.to(dtype), target.labels)
     l1 = torch.cdist(boxes, wanted, p=1)
     giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
-    return cost.l1 * l1 + cost.classes * (positive - negative) - cost.giou * giou
+    return cost.l1 * l1 + cost.classes * classes - cost.giou * giou

@@ -1,71 +1,92 @@
-"""What a run keeps on disk, and how it goes on after an interruption.
+"""What a run keeps on disk, and who may write there.
 
-RUN/config.json      model, classes, recipe, data, options and versions: everything needed to read the run later
-RUN/metrics.jsonl    one line an epoch
-RUN/best.safetensors the model with the best validation AP; RUN/last.safetensors the newest
-RUN/state.pth        weights, optimizer, averages and counters of the last finished epoch, for --resume
-RUN/.lock            held while a training writes here
+RUN/config.json       model, classes, recipe, data, options and versions: everything needed to read the run later
+RUN/metrics.jsonl     one line an epoch
+RUN/best.safetensors  the model with the best validation AP; RUN/last.safetensors that of the newest finished epoch
+RUN/checkpoints/      the states to go on from, see ``checkpoints``
+RUN/diverged.safetensors  the state in which a training diverged
+RUN/.lock             held while a training writes here
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import torch
-
-from ddetr_cli.atomic import atomic_file, output_error, remove_leftovers, write_atomically
-from ddetr_cli.errors import CheckpointError, OutputError
+from ddetr_cli.atomic import output_error, remove_leftovers, write_atomically
+from ddetr_cli.errors import OutputError
 from ddetr_cli.train.options import CONFIG
 
-STATE_FORMAT = 1
-BEST, LAST, STATE, METRICS = "best.safetensors", "last.safetensors", "state.pth", "metrics.jsonl"
+BEST, LAST, METRICS, DIVERGED = "best.safetensors", "last.safetensors", "metrics.jsonl", "diverged.safetensors"
+CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"
+
+# A reading process forked from a training must not hold its lock on after it was killed.
+_held: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    for lock in _held:
+        with suppress(OSError):
+            lock.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@dataclass
+class EpochSums:
+    """What the steps of the epoch under way add up to; ``losses`` over the ``counted`` steps with a finite loss."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    counted: int = 0
+    skipped: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0  # of these: for pictures to arrive
+
+    def row(self) -> dict[str, Any]:
+        """Their part of the line in metrics.jsonl."""
+        return {
+            "skipped_steps": self.skipped,
+            "seconds": round(self.seconds, 3),
+            "wait_seconds": round(self.wait_seconds, 3),
+            "images_per_second": round(self.images / max(self.seconds, 1e-9), 3),
+            **{name: value / max(self.counted, 1) for name, value in self.losses.items()},
+        }
 
 
 @dataclass
 class RunState:
-    """Where a run stands after ``epoch`` finished epochs."""
+    """Where a run stands: ``epoch`` epochs are finished, and ``step`` steps of ``steps`` in the next."""
 
-    epoch: int
-    step: int
-    best_ap: float
-    best_epoch: int
-    model: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
-    average: dict[str, torch.Tensor] | None
-    average_steps: int
-    recipe: dict[str, Any]
+    epoch: int = 0
+    step: int = 0
+    steps: int = 0
+    steps_done: int = 0
+    bad_in_a_row: int = 0
+    average_steps: int = 0
+    best_ap: float = -1.0
+    best_epoch: int = 0
+    validations_since_best: int = 0
+    unreadable: list[int] = field(default_factory=list)  # training images that others stand in for
+    sums: EpochSums = field(default_factory=EpochSums)
 
-    def save(self, run: Path) -> None:
-        """Replace RUN/state.pth. Raises OutputError."""
-        with atomic_file(run / STATE) as file:
-            torch.save({"format": STATE_FORMAT, **vars(self)}, file)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
 
     @classmethod
-    def load(cls, run: Path) -> RunState:
-        """The state to resume from. Raises CheckpointError where there is none, or it is damaged or newer."""
-        path = run / STATE
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path}: not there (no epoch of this run was finished). Start it without --resume."
-            )
-        try:
-            values = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(
-                f"{path}: damaged ({type(error).__name__}). Start a new run with --init."
-            ) from error
-        if not isinstance(values, dict) or values.pop("format", None) != STATE_FORMAT:
-            raise CheckpointError(
-                f"{path}: written by another version of ddetr. Resume with the version that wrote it."
-            )
-        return cls(**values)
+    def from_dict(cls, values: dict[str, Any]) -> RunState:
+        """What ``to_dict`` gave. Raises TypeError or KeyError for anything else."""
+        return cls(**{**values, "sums": EpochSums(**values["sums"])})
 
 
 @contextmanager
@@ -82,28 +103,38 @@ def open_run(run: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
             raise OutputError(
                 f"{run}: is not empty. Go on with --resume {run}, start anew with --overwrite, or choose another."
             )
-        lock = open(run / _LOCK, "w")  # noqa: SIM115 held for the whole run
+        lock = open(run / _LOCK, "a+")  # noqa: SIM115 held for the whole run
     except OSError as error:
         raise OutputError(f"{run}: cannot be written ({error.strerror}). Choose another --output.") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            lock.seek(0)
             raise OutputError(
-                f"{run}: another training is writing here. Wait for it, or choose another --output."
+                f"{run}: locked by pid {lock.read().strip() or 'unknown'}, another training that is writing here. "
+                "Wait for it, or choose another --output."
             ) from error
-        if not is_empty:
-            remove_leftovers(run)
-        yield
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        _held.add(lock)
+        try:
+            if not is_empty:
+                remove_leftovers(run)
+            yield
+        finally:
+            _held.discard(lock)
 
 
 def clear_run(run: Path) -> None:
     """Remove what an earlier training wrote into RUN, and nothing else. Raises OutputError."""
-    for name in (BEST, LAST, STATE, METRICS, CONFIG):
+    written = [run / name for name in (BEST, LAST, METRICS, CONFIG, DIVERGED)]
+    for path in [*written, *(run / CHECKPOINTS).glob("step-*.safetensors")]:
         try:
-            (run / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         except OSError as error:
-            raise output_error(run / name, error) from error
+            raise output_error(path, error) from error
 
 
 def append_metrics(run: Path, row: dict[str, Any]) -> None:

@@ -8,17 +8,24 @@ from typing import Any
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.errors import DatasetError
 from ddetr_cli.model.backbone import BACKBONES
-from ddetr_cli.model.detector import DeformableDetr, build_detector
-from ddetr_cli.presets import ModelConfig, get_preset
+from ddetr_cli.model.detector import DetectionModel, build_detector
+from ddetr_cli.presets import DETR, ModelConfig, get_preset
 from ddetr_cli.train.loop import Progress
-from ddetr_cli.train.options import TrainOptions, not_a_run, read_config
-from ddetr_cli.train.recipe import Recipe, paper_recipe, scratch_recipe
+from ddetr_cli.train.options import TrainOptions, check_trainable, not_a_run, read_config, resumed_options
+from ddetr_cli.train.recipe import (
+    Recipe,
+    detr_recipe,
+    finetune_recipe,
+    finetune_scratch_recipe,
+    paper_recipe,
+    scratch_recipe,
+)
 from ddetr_cli.weights import load_backbone, load_model
 
 DEFAULT_PRESET = "r50"
 
 
-def starting_model(options: TrainOptions, classes: ClassTable, progress: Progress) -> DeformableDetr:
+def starting_model(options: TrainOptions, classes: ClassTable, progress: Progress) -> DetectionModel:
     """The model before the first step, for these classes. Raises CheckpointError, UsageError or DatasetError.
 
     Of a resumed run it has the shape only: its weights are in the run's state.
@@ -33,6 +40,7 @@ def starting_model(options: TrainOptions, classes: ClassTable, progress: Progres
     if options.init is not None:
         return _from_another(options.init, options.preset, changes, classes, progress)
     config = get_preset(options.preset or DEFAULT_PRESET, **changes)
+    check_trainable(config)
     model = build_detector(config)
     has_frozen_stages = bool(BACKBONES[config.backbone].frozen_stages)
     if has_frozen_stages or options.backbone_weights is not None:
@@ -44,16 +52,31 @@ def starting_model(options: TrainOptions, classes: ClassTable, progress: Progres
     return model
 
 
-def starting_recipe(options: TrainOptions, config: ModelConfig) -> Recipe:
-    """The paper's recipe for a pretrained trunk, the other one for a trunk of ours, with what was asked for."""
+def starting_recipe(options: TrainOptions, config: ModelConfig, processes: int = 1) -> Recipe:
+    """The recipe for this start with what was asked for: from another model, a pretrained trunk, or from nothing.
+
+    A batch that was not asked for is the recipe's in each of ``processes``.
+    """
+    has_own_trunk = not BACKBONES[config.backbone].frozen_stages
+    if options.init is not None:
+        make = finetune_scratch_recipe if has_own_trunk else finetune_recipe
+    elif has_own_trunk:
+        make = scratch_recipe
+    else:
+        make = detr_recipe if config.family == DETR else paper_recipe
     named = {
         "epochs": options.epochs,
-        "batch_size": options.batch_size,
+        "batch_size": options.batch_size or make().batch_size * processes,
+        "schedule": options.schedule,
+        "warmup_steps": options.warmup,
+        "ema_decay": options.ema,
+        "accumulate": options.accumulate,
+        "freeze": options.freeze,
+        "patience": options.patience,
         "augmentation": options.augmentation,
         "precision": options.precision,
     }
     changes: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-    make = paper_recipe if BACKBONES[config.backbone].frozen_stages else scratch_recipe
     recipe = make(seed=options.seed, **changes)
     if options.learning_rate is not None:
         share = recipe.backbone_rate / recipe.learning_rate
@@ -61,7 +84,28 @@ def starting_recipe(options: TrainOptions, config: ModelConfig) -> Recipe:
     return recipe
 
 
-def _model_of_the_run(options: TrainOptions, classes: ClassTable) -> DeformableDetr:
+def resumed_recipe(options: TrainOptions) -> Recipe:
+    """The recipe of the run in ``options.output``, with what these change in it. Raises CheckpointError.
+
+    The run's own numbers stay, whatever the defaults of this version are.
+    """
+    stored = read_config(options.output)
+    try:
+        recipe, config, processes = (
+            Recipe(**stored["recipe"]),
+            ModelConfig.from_dict(stored["model"]),
+            stored["processes"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise not_a_run(options.output, error) from error
+    if not options.override:
+        return recipe
+    before = starting_recipe(resumed_options(options.output), config, processes).to_dict()
+    after = starting_recipe(options, config, processes).to_dict()
+    return replace(recipe, **{name: value for name, value in after.items() if value != before[name]})
+
+
+def _model_of_the_run(options: TrainOptions, classes: ClassTable) -> DetectionModel:
     stored = read_config(options.output)
     try:
         config = ModelConfig.from_dict(stored["model"])
@@ -79,10 +123,11 @@ def _model_of_the_run(options: TrainOptions, classes: ClassTable) -> DeformableD
 
 def _from_another(
     spec: str, preset: str | None, changes: dict[str, Any], classes: ClassTable, progress: Progress
-) -> DeformableDetr:
+) -> DetectionModel:
     loaded = load_model(spec, preset=preset, announce=progress.note)
     for note in loaded.report.notes:
         progress.warn(note)
+    check_trainable(loaded.config)
     old, new = loaded.config, replace(loaded.config, **changes)
     fresh: list[str] = []  # beginnings of the names of tensors that a model for something else cannot give
     if loaded.classes != classes:
