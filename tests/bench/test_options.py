@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ddetr_cli.bench.options import parse_size, split_models
+from ddetr_cli.bench.options import parse_precisions, parse_size, split_names
 from ddetr_cli.errors import UsageError
 
 
@@ -38,10 +38,20 @@ def test_a_size_that_cannot_be_meant_is_refused(text: str) -> None:
 
 
 def test_models_come_with_commas_or_repeated_and_are_measured_once_each() -> None:
-    assert split_models(["r50, tiny", "tiny", "r50-refine,"]) == ("r50", "tiny", "r50-refine")
+    assert split_names(["r50, tiny", "tiny", "r50-refine,"], "--models", "r50") == ("r50", "tiny", "r50-refine")
 
 
 @pytest.mark.parametrize("values", [[], [""], [" , "]])
 def test_naming_no_model_is_refused(values: list[str]) -> None:
     with pytest.raises(UsageError, match="--models"):
-        split_models(values)
+        split_names(values, "--models", "r50")
+
+
+def test_precisions_come_with_commas() -> None:
+    assert parse_precisions("fp32, bf16,fp32") == ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("text", ["", ",", "fp8", "fp32,int8", "fp32 bf16"])
+def test_an_unknown_precision_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--precision"):
+        parse_precisions(text)

@@ -12,28 +12,58 @@ from ddetr_cli.cli.app import main
 SMALL = ["bench", "--models", "tiny", "--image-size", "64", "--rounds", "2", "--warmup", "1", "--device", "cpu"]
 
 
-def test_bench_prints_the_table_on_stdout_and_nothing_else_there(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings that are measured in a moment."""
+    monkeypatch.setattr("ddetr_cli.bench.ceilings.CONVOLUTIONS", ((32, 8, 8),))
+    monkeypatch.setattr("ddetr_cli.bench.ceilings.COPY_BYTES", 1 << 20)
+
+
+def test_bench_prints_the_tables_on_stdout_and_nothing_else_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(SMALL) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("64x85 px")
-    row = next(line.split() for line in lines if line.split()[:1] == ["tiny"])
-    assert row[1:4] == ["random", "6.44", "6.44"]
+    assert "allocator" in lines[1]
+    rows = [line.split() for line in lines if line.split()[:1] == ["tiny"]]
+    assert rows[0][:3] == ["tiny", "6.44", "6.44"]
+    assert rows[1][:3] == ["tiny", "random", "auto:"]
     assert any(line.startswith("kernels: cpu ") for line in lines)
 
 
 def test_bench_writes_everything_measured_as_json(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    assert main([*SMALL, "--json", str(path)]) == 0
+    assert main([*SMALL, "--precision", "fp32,bf16", "--json", str(path)]) == 0
     document = json.loads(path.read_text())
-    assert [model["name"] for model in document["models"]] == ["tiny"]
-    assert len(document["models"][0]["latency_s"]["samples"]) == 2
+    assert [measurement["kind"] for measurement in document["measurements"]] == ["sizes", "latency"]
+    latency = document["measurements"][1]["result"]
+    assert [model["precision"] for model in latency] == ["fp32", "bf16"]
+    assert [len(model["seconds"]["samples"]) for model in latency] == [2, 2]
 
 
 def test_an_existing_json_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     path.write_text("old")
-    assert main([*SMALL, "--json", str(path)]) == 0
-    assert json.loads(path.read_text())["format"] == 1
+    assert main([*SMALL, "--sizes", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["format"] == 2
+
+
+@pytest.mark.usefixtures("small_probes")
+def test_what_is_chosen_is_measured_instead_and_together(photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    chosen = ["--sizes", "--stages", "--folder", str(photos)]
+    assert main([*SMALL, *chosen, "--json", str(path)]) == 0
+    measurements = json.loads(path.read_text())["measurements"]
+    assert [measurement["kind"] for measurement in measurements] == ["sizes", "stages", "folder"]
+    assert measurements[2]["result"]["pictures"] == 3
+    stages = measurements[1]["result"]["models"][0]["stages"]
+    assert {"reading", "preparing", "drawing", "writing"} <= set(stages)
+
+
+def test_a_folder_is_left_as_it_was(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(photos.rglob("*"))
+    assert main([*SMALL, "--folder", str(photos)]) == 0
+    assert sorted(photos.rglob("*")) == before
+    assert "folder of 3 pictures" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -47,21 +77,29 @@ def test_an_existing_json_file_is_replaced(tmp_path: Path) -> None:
         ["--rounds", "0"],
         ["--warmup", "0"],
         ["--precision", "fp8"],
+        ["--precision", ""],
         ["--device", "gpu"],
         ["--models", ","],
+        ["--allocator", "fast"],
+        ["--op", "--val2017", "coco"],
     ],
 )
-def test_a_bad_value_exits_2_before_any_model_is_built(
+def test_a_bad_value_exits_2_before_anything_is_measured(
     bad: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a model was built")
-
-    monkeypatch.setattr("ddetr_cli.bench.run.build_detector", refuse)
+    monkeypatch.setattr("ddetr_cli.bench.run.run_bench", lambda *_, **__: pytest.fail("measured"))
     assert main(["bench", *bad]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "ddetr: error:" in captured.err
+
+
+def test_a_folder_without_pictures_exits_4_before_any_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ddetr_cli.bench.run.run_bench", lambda *_, **__: pytest.fail("measured"))
+    assert main([*SMALL, "--folder", str(tmp_path)]) == 4
+    assert "no image found" in capsys.readouterr().err
 
 
 def test_a_json_file_in_a_folder_that_is_not_there_exits_7_before_measuring(
@@ -75,3 +113,12 @@ def test_a_json_file_in_a_folder_that_is_not_there_exits_7_before_measuring(
 def test_a_device_that_is_not_there_exits_8(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL[:-1], "cuda:999"]) == 8
     assert "cuda:999" in capsys.readouterr().err
+
+
+def test_the_allocator_in_force_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddetr_cli.bench.allocator import TUNABLES, TUNED
+
+    monkeypatch.setenv(TUNABLES, TUNED)
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr("os.execve", lambda *_: pytest.fail("started again"))
+    assert main([*SMALL, "--sizes", "--allocator", "tuned"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ddetr_cli.errors import UsageError
 
@@ -15,21 +16,32 @@ ASPECT = (4, 3)
 # Sizes outside this range are typing errors: the trunk needs 32 px, and 8192 px is 67 megapixels.
 SMALLEST_SIDE, LARGEST_SIDE = 32, 8192
 
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+# What can be measured, in the order it is shown.
+LATENCY, SIZES, OP, STAGES, FOLDER, RIVALS = "latency", "sizes", "op", "stages", "folder", "rivals"
+
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """One measurement. ``models``: presets (random weights), ``demo``, files or hub ids; ``size_hw`` in pixels."""
+    """What to measure, and how.
+
+    ``models``: presets (random weights), ``demo``, files or hub ids; ``size_hw`` in pixels; ``measurements``: some of
+    the six names above; ``val2017``: the data set over whose first pictures FLOPs are averaged.
+    """
 
     models: tuple[str, ...]
     size_hw: tuple[int, int] = (800, 1066)
     batch_size: int = 1
-    precision: str = "fp32"
+    precisions: tuple[str, ...] = ("auto",)
     device: str = "auto"
     rounds: int = 10
     warmup: int = 2
+    measurements: tuple[str, ...] = (SIZES, LATENCY)
+    val2017: Path | None = None
 
 
-def split_models(values: Iterable[str]) -> tuple[str, ...]:
+def split_names(values: Iterable[str], option: str, example: str) -> tuple[str, ...]:
     """The names in ``values``, each of which may hold several with commas, in order and once each.
 
     Raises UsageError where there are none.
@@ -37,8 +49,17 @@ def split_models(values: Iterable[str]) -> tuple[str, ...]:
     names = [name.strip() for value in values for name in value.split(",")]
     found = tuple(dict.fromkeys(name for name in names if name))
     if not found:
-        raise UsageError("--models: no model named. Name at least one, for example --models r50,tiny.")
+        raise UsageError(f"{option}: empty. Name at least one, for example {option} {example}.")
     return found
+
+
+def parse_precisions(text: str) -> tuple[str, ...]:
+    """``text`` as names of precisions with commas between. Raises UsageError for an unknown one."""
+    names = split_names([text], "--precision", "fp32,bf16")
+    for name in names:
+        if name not in PRECISIONS:
+            raise UsageError(f"--precision {name!r}: unknown. Choose among {', '.join(PRECISIONS)}.")
+    return names
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -1,17 +1,27 @@
-"""``ddetr bench``: what models cost on this machine, in parameters, FLOPs and time."""
+"""``ddetr bench``: what models, the op and whole folders cost on this machine, alone and beside their rivals."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import typer
 
 from ddetr_cli.cli import console
-from ddetr_cli.errors import OutputError
+from ddetr_cli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from PIL.Image import Image
+
     from ddetr_cli.bench.run import BenchReport
+    from ddetr_cli.bench.tables import Table
+    from ddetr_cli.classes import ClassTable
+    from ddetr_cli.detect.run import ImageResult, Sink
+    from ddetr_cli.detect.sources import Input
+    from ddetr_cli.inference.predictor import ImageDetections, Predictor
 
 
 def bench(
@@ -26,50 +36,126 @@ def bench(
             "or the option repeated.",
         ),
     ] = None,
+    sizes: Annotated[
+        bool, typer.Option("--sizes", help="Measure parameters and FLOPs, beside the published ones.")
+    ] = False,
+    op: Annotated[
+        bool,
+        typer.Option(
+            "--op",
+            help="Measure the deformable attention op of r50: every kernel, direction and shape; --precision chooses "
+            "the dtypes of values, auto is all.",
+        ),
+    ] = False,
+    stages: Annotated[
+        bool,
+        typer.Option(
+            "--stages", help="Measure every stage of one picture, and the model against this machine's peak."
+        ),
+    ] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--folder", metavar="DIR", help="Measure a detect run over these pictures, against the model alone."
+        ),
+    ] = None,
+    rivals: Annotated[
+        bool,
+        typer.Option(
+            "--rivals",
+            help="Measure transformers, ONNX Runtime and OpenVINO beside ours, as far as they are installed "
+            "(pip install 'ddetr-cli[rivals]').",
+        ),
+    ] = False,
+    val2017: Annotated[
+        Path | None,
+        typer.Option(
+            "--val2017",
+            metavar="PATH",
+            help="COCO's folder or annotation file: FLOPs also as the mean over its first 100 pictures, as "
+            "published.",
+        ),
+    ] = None,
     image_size: Annotated[
         str,
-        typer.Option("--image-size", metavar="N|HxW", help="HxW in pixels, or the short side of a 4:3 picture."),
+        typer.Option(
+            "--image-size",
+            metavar="N|HxW",
+            help="What the model sees: HxW in pixels, or the short side of a 4:3 picture; of a --folder, the short "
+            "side.",
+        ),
     ] = "800",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Pictures per run.")] = 1,
     precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option("--precision", help="Arithmetic of the model; auto is fp32."),
+        str,
+        typer.Option(
+            "--precision",
+            metavar="LIST",
+            help="Arithmetic of the models: auto, fp32, bf16, fp16, or several with commas between.",
+        ),
     ] = "auto",
     device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
     rounds: Annotated[
-        int, typer.Option("--rounds", min=1, max=100_000, help="Timed runs of each model, taken in turns.")
+        int, typer.Option("--rounds", min=1, max=100_000, help="Timed runs of each candidate, taken in turns.")
     ] = 10,
-    warmup: Annotated[int, typer.Option("--warmup", min=1, max=1000, help="Untimed runs of each model before.")] = 2,
+    warmup: Annotated[int, typer.Option("--warmup", min=1, max=1000, help="Untimed runs of each before.")] = 2,
+    allocator: Annotated[
+        Literal["default", "tuned"] | None,
+        typer.Option(
+            "--allocator",
+            show_default="as the environment says",
+            help="Start again with the C library's default allocator, or with the settings that make fresh memory "
+            "cheap for everyone.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write everything measured to this file.")
     ] = None,
 ) -> None:
-    """Measure models: parameters, FLOPs, latency and images per second.
+    """Measure models on this machine: parameters, FLOPs, latency and images per second.
 
-    The table goes to stdout. Timed is one batch from normalised pixels to scored boxes; reading and drawing pictures
-    is not. One multiply-add counts as one FLOP.
+    With --sizes, --op, --stages, --folder or --rivals these are measured instead; several can be given. The tables
+    go to stdout. Candidates take turns in rounds, so that a slow minute of the machine hits all alike; a ratio is
+    the median of the rounds' ratios, with its quartiles, and what was too noisy to conclude from is said.
+
+    Timed is a batch from normalised pixels to detections on the CPU, on random weights the same as on trained ones.
+    One multiply-add counts as one FLOP.
+
+    A ratio to another program depends on the allocator: run once with --allocator default and once with tuned.
     """
-    from ddetr_cli.bench.options import BenchOptions, parse_size, split_models
+    from ddetr_cli.bench import options as what
     from ddetr_cli.inference.device import check_device_name
 
-    options = BenchOptions(
-        models=split_models(models if models is not None else ["r50"]),
-        size_hw=parse_size(image_size),
+    chosen = {what.SIZES: sizes, what.OP: op, what.STAGES: stages, what.FOLDER: folder is not None,
+              what.RIVALS: rivals}  # fmt: skip
+    options = what.BenchOptions(
+        models=what.split_names(models if models is not None else ["r50"], "--models", "r50,tiny"),
+        size_hw=what.parse_size(image_size),
         batch_size=batch_size,
-        precision="fp32" if precision == "auto" else precision,
+        precisions=what.parse_precisions(precision),
         device=check_device_name(device),
         rounds=rounds,
         warmup=warmup,
+        measurements=tuple(name for name, is_chosen in chosen.items() if is_chosen) or (what.SIZES, what.LATENCY),
+        val2017=val2017,
     )
+    if val2017 is not None and what.SIZES not in options.measurements:
+        raise UsageError("--val2017: only FLOPs are averaged over it. Add --sizes.")
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         # Known now; minutes of measuring later it would be a pity.
         raise OutputError(f"{json_file}: cannot be written (no such folder, or it is one). Choose another file.")
+    run_folder = None if folder is None else _DetectFolder(folder)
+    if allocator is not None:
+        from ddetr_cli.bench.allocator import environment_for, start_again
+
+        environment = environment_for(allocator)
+        if environment is not None:
+            start_again(environment)
 
     from ddetr_cli.bench.run import run_bench
 
-    runs = len(options.models) * (options.warmup + options.rounds)
-    with console.Progress(runs, unit="runs", description="bench") as progress:
-        report = run_bench(options, on_run=progress.advance, on_notice=progress.say)
+    with _Talk() as talk:
+        report = run_bench(options, listener=talk, finishing=_DetectFinisher, run_folder=run_folder)
     console.write_result(_text(report), sole_output=json_file is None)
     if json_file is not None:
         from ddetr_cli.atomic import write_json
@@ -77,41 +163,122 @@ def bench(
         write_json(json_file, report.to_json())
 
 
+class _Talk:
+    """What a measurement says while it runs, on stderr."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._progress: console.Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def expect(self, runs: int) -> None:
+        self._stack.close()
+        self._progress = self._stack.enter_context(console.Progress(runs, unit="runs", description="bench"))
+
+    def ran(self) -> None:
+        if self._progress is not None:
+            self._progress.advance()
+
+    def notice(self, text: str) -> None:
+        (console.say if self._progress is None else self._progress.say)(text)
+
+
+class _DetectFinisher:
+    """``detect``'s own way of finishing a picture, for the breakdown into stages."""
+
+    def __init__(self, classes: ClassTable, folder: Path) -> None:
+        from ddetr_cli.detect.sinks import CocoSink, PicturesSink
+
+        self._classes = classes
+        self._sinks: list[Sink] = [CocoSink(folder, classes, {}), PicturesSink(folder, classes)]
+        self._input = _input(folder / "photo.jpg")
+
+    def draw(self, picture: Image, found: ImageDetections) -> tuple[ImageResult, list[bytes | None]]:
+        result = self._result(picture, found)
+        return result, [sink.render and sink.render(result, picture) for sink in self._sinks]
+
+    def write(self, drawn: tuple[ImageResult, list[bytes | None]]) -> None:
+        result, files = drawn
+        for sink, file in zip(self._sinks, files, strict=True):
+            sink.add(result, file)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.abandon()
+
+    def _result(self, picture: Image, found: ImageDetections) -> ImageResult:
+        from ddetr_cli.detect.run import ImageResult
+
+        boxes = [tuple(box) for box in found.boxes_xyxy_px.tolist()]
+        return ImageResult(self._input, 1, picture.size, boxes, found.scores.tolist(), found.labels.tolist())
+
+
+def _input(path: Path) -> Input:
+    from ddetr_cli.detect.sources import Input
+
+    return Input(path, path.name)
+
+
+class _DetectFolder:
+    """``ddetr detect`` over a folder, into a folder that is thrown away. Raises NothingUsableError, UsageError."""
+
+    def __init__(self, folder: Path) -> None:
+        from ddetr_cli.detect.sources import find_inputs
+
+        self.folder = folder
+        self._inputs = find_inputs([str(folder)]).images
+
+    @property
+    def pictures(self) -> Sequence[Path]:
+        return [item.path for item in self._inputs]
+
+    def __call__(self, predictor: Predictor, on_picture: Callable[[], None]) -> None:
+        from tempfile import TemporaryDirectory
+
+        from ddetr_cli.data.formats import MAX_PIXELS
+        from ddetr_cli.detect.run import detect_images
+        from ddetr_cli.detect.sinks import CocoSink, PicturesSink
+
+        with TemporaryDirectory(prefix="ddetr-bench-") as name:
+            output = Path(name)
+            detect_images(
+                self._inputs,
+                predictor,
+                [CocoSink(output, predictor.classes, {}), PicturesSink(output, predictor.classes)],
+                threshold=0.5,
+                max_pixels=MAX_PIXELS,
+                on_result=lambda _: on_picture(),
+            )
+
+
 def _text(report: BenchReport) -> str:
-    from rich import box
-    from rich.table import Table
+    from ddetr_cli.bench.allocator import describe
 
-    from ddetr_cli.bench.run import RANDOM_WEIGHTS
-
-    options = report.options
+    options, machine = report.options, report.machine
     height, width = options.size_hw
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("model", "weights"):
-        table.add_column(heading, no_wrap=True, overflow="ellipsis")
-    for heading in ("params M", "trained M", "GFLOPs", "median ms", "p90 ms", "min ms", "images/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for model in report.models:
-        table.add_row(
-            model.name,
-            RANDOM_WEIGHTS if model.weights == RANDOM_WEIGHTS else "loaded",
-            f"{model.size.parameters / 1e6:.2f}",
-            f"{model.size.trainable_parameters / 1e6:.2f}",
-            f"{model.size.flops / 1e9:.1f}",
-            f"{model.latency.median * 1e3:.1f}",
-            f"{model.latency.p90 * 1e3:.1f}",
-            f"{model.latency.fastest * 1e3:.1f}",
-            f"{model.images_per_second(options.batch_size):.2f}",
-        )
-    machine, versions = report.machine, report.versions
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     lines = [
-        (
-            f"{height}x{width} px (height x width), batch {options.batch_size}, {options.precision}, "
-            f"{options.rounds} rounds in turns after {options.warmup} warm-up runs"
-        ),
-        f"on {machine['device']}: {where}",
-        ", ".join(f"{name} {version}" for name, version in versions.items()),
+        f"{height}x{width} px (height x width), batch {options.batch_size}, {options.rounds} rounds in turns",
+        f"on {machine['device']}: {where}; allocator {describe(machine['allocator'])}",
+        ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         str(report.kernels),
-        "GFLOPs of one picture, one multiply-add = 1; speed does not depend on the weights, presets have random ones",
+        "",
     ]
-    return "\n".join([*lines[:4], console.render(table).rstrip("\n"), lines[4], ""])
+    return "\n".join([*lines, *map(_table_text, report.tables())])
+
+
+def _table_text(table: Table) -> str:
+    from rich import box
+    from rich.table import Table as RichTable
+
+    drawn = RichTable(box=box.SIMPLE, pad_edge=False)
+    for number, heading in enumerate(table.headings):
+        drawn.add_column(heading, justify="left" if number < table.labels else "right", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*row)
+    return "\n".join([table.title, console.render(drawn).rstrip(), *table.notes, "", ""])

@@ -1,0 +1,246 @@
+"""Where the time of one picture goes: from the file, through the parts of the model, to the files written.
+
+A part that runs within another (heads between decoder layers) is counted once, as its own; what runs in the model
+outside all of them (positions, references) is "rest of the model". The stages run one after the other here; in a
+folder run ``detect`` does reading and writing beside the model. How near a model is to its floor is asked of whole
+runs, timed in the same rounds without any stopwatch inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ddetr_cli.bench.ceilings import Ceilings, ceiling_probes
+from ddetr_cli.bench.clock import REST, PartClock, model_parts
+from ddetr_cli.bench.flops import ModelSize, measure_size
+from ddetr_cli.bench.options import STAGES, BenchOptions
+from ddetr_cli.bench.subjects import BenchModel, Subject
+from ddetr_cli.bench.tables import Listener, Table, milliseconds
+from ddetr_cli.bench.timing import Samples, noise_notes, time_interleaved, warm_up
+from ddetr_cli.classes import ClassTable
+from ddetr_cli.data.images import read_image, to_pixels
+from ddetr_cli.inference.predictor import ImageDetections
+from ddetr_cli.inference.preparation import Prepared
+from ddetr_cli.model.postprocess import decode
+
+# The photograph, as a share of what the model sees of it: COCO's 640x480 for the usual 800x1066.
+_PHOTO_SCALE = 0.6
+# Boxes drawn: a busy picture. Random weights find nothing worth a threshold.
+DRAWN_BOXES = 20
+
+_FLOOR_NOTE = (
+    "floor: multiply-adds at the best convolution's rate, and the encoder's deformable attention at its rate on a "
+    "cached value, both measured in the same rounds"
+)
+
+
+class Finisher(Protocol):
+    """How a command finishes a picture."""
+
+    def draw(self, picture: Image.Image, found: ImageDetections) -> Any:
+        """What is to be written of a picture, drawn and encoded."""
+
+    def write(self, drawn: Any) -> None:
+        """Write what ``draw`` gave."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+# A finisher for a model with these classes, writing into this folder.
+Finishing = Callable[[ClassTable, Path], Finisher]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One model in one precision: seconds of each stage of one picture, and of the model alone."""
+
+    name: str
+    precision: str
+    stages: dict[str, Samples]
+    whole: Samples  # prepared picture to detections, no stopwatch inside
+    size: ModelSize
+    floor: float
+
+    @property
+    def floor_share(self) -> float:
+        """The floor as a share of the time taken: 1 is perfect."""
+        return self.floor / self.whole.median
+
+
+@dataclass(frozen=True)
+class StagesSection:
+    """The breakdowns, and the ceilings they are held against."""
+
+    size_hw: tuple[int, int]
+    results: tuple[StageResult, ...]
+    ceilings: Ceilings
+    key: str = STAGES
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; seconds of one picture."""
+        return {
+            "models": [
+                {
+                    "name": result.name,
+                    "precision": result.precision,
+                    "stages": {stage: samples.to_json() for stage, samples in result.stages.items()},
+                    "model": result.whole.to_json(),
+                    "flops": result.size.flops,
+                    "floor_s": result.floor,
+                    "floor_share": result.floor_share,
+                }
+                for result in self.results
+            ],
+            "ceilings": self.ceilings.to_json(),
+        }
+
+    def tables(self) -> list[Table]:
+        """Stages by model, the floors, the ceilings."""
+        height, width = self.size_hw
+        labels = [f"{result.name} {result.precision}" for result in self.results]
+        names = list(dict.fromkeys(stage for result in self.results for stage in result.stages))
+        totals = [sum(samples.median for samples in result.stages.values()) for result in self.results]
+
+        def cells(stage: str) -> list[str]:
+            row = []
+            for result, total in zip(self.results, totals, strict=True):
+                taken = result.stages.get(stage)
+                row += ["", ""] if taken is None else [milliseconds(taken.median), f"{taken.median / total:.1%}"]
+            return row
+
+        stage_rows = [(stage, *cells(stage)) for stage in names]
+        stage_rows.append(("sum", *(cell for total in totals for cell in (milliseconds(total), "100%"))))
+        floors = tuple(
+            (
+                label,
+                milliseconds(result.whole.median),
+                f"{result.size.flops / 1e9:.1f}",
+                f"{self.ceilings.peak(result.precision) / 1e9:.0f}",
+                milliseconds(result.floor),
+                f"{result.floor_share:.0%}",
+            )
+            for label, result in zip(labels, self.results, strict=True)
+        )
+        whole = {label: result.whole for label, result in zip(labels, self.results, strict=True)}
+        return [
+            Table(
+                f"stages of one picture of {height}x{width}, one after the other",
+                ("stage", *(heading for label in labels for heading in (f"{label} ms", "share"))),
+                tuple(stage_rows),
+                notes=(
+                    f"medians; drawing: {DRAWN_BOXES} boxes, and the JPEG; rest of the model: positions, reshaping",
+                ),
+            ),
+            Table(
+                "model against its floor",
+                ("model", "median ms", "GFLOPs", "peak GFLOP/s", "floor ms", "floor / time"),
+                floors,
+                notes=(_FLOOR_NOTE, *noise_notes(whole)),
+            ),
+            self.ceilings.table(),
+        ]
+
+
+def measure_stages(
+    options: BenchOptions,
+    models: Sequence[BenchModel],
+    device: torch.device,
+    finishing: Finishing,
+    listener: Listener,
+) -> StagesSection:
+    """Break one picture down for every model and precision of ``options``. Raises DeviceError."""
+    with TemporaryDirectory(prefix="ddetr-bench-") as folder:
+        photo = _write_photo(Path(folder), options.size_hw)
+        pixels = to_pixels(read_image(photo), options.size_hw)[None]
+        subjects = [
+            Subject(model, precision, device, pixels, listener)
+            for model in models
+            for precision in options.precisions
+        ]
+        runs = {f"{subject.model.name}, {subject.asked}": subject.run for subject in subjects}
+        finishers = [finishing(subject.model.classes, Path(folder)) for subject in subjects]
+        configs = [subject.model.config for subject in subjects]
+        precisions = list(dict.fromkeys(subject.precision for subject in subjects))
+        with torch.inference_mode():
+            probes = ceiling_probes(options.size_hw, configs, precisions, 1, device)
+            calls = {name: _waiting(run, device) for name, run in (runs | probes).items()}
+            repeats = warm_up(calls, options.warmup)
+            for subject, finisher in zip(subjects, finishers, strict=True):
+                _one_picture(photo, subject, options.size_hw, device, finisher)  # loads fonts and codecs
+            listener.expect((len(calls) + len(subjects)) * options.rounds)
+            rounds: list[list[dict[str, float]]] = [[] for _ in subjects]
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for _ in range(options.rounds):
+                # One round of everything whole, then one with the stopwatch inside.
+                for name, samples in time_interleaved(calls, 1, repeats=repeats, on_run=listener.ran).items():
+                    times[name] += samples.values
+                for subject, finisher, taken in zip(subjects, finishers, rounds, strict=True):
+                    taken.append(_one_picture(photo, subject, options.size_hw, device, finisher))
+                    listener.ran()
+        for finisher in finishers:
+            finisher.close()
+    measured = {name: Samples(tuple(values)) for name, values in times.items()}
+    ceilings = Ceilings(options.size_hw, {name: measured[name] for name in probes})
+    results = []
+    for (name, _), subject, taken in zip(runs.items(), subjects, rounds, strict=True):
+        size = measure_size(subject.model.model, options.size_hw)
+        stages = {stage: Samples(tuple(one.get(stage, 0.0) for one in taken)) for stage in taken[0]}
+        floor = ceilings.floor(subject.model.config, size, subject.precision)
+        results.append(StageResult(subject.model.name, subject.precision, stages, measured[name], size, floor))
+    return StagesSection(options.size_hw, tuple(results), ceilings)
+
+
+def _one_picture(
+    photo: Path, subject: Subject, size_hw: tuple[int, int], device: torch.device, finisher: Finisher
+) -> dict[str, float]:
+    """Seconds of each stage, in the order they run."""
+    clock = PartClock(device)
+    with clock.part("reading"):
+        picture = read_image(photo)
+    with clock.part("preparing"):
+        prepared = Prepared(to_pixels(picture, size_hw), (picture.height, picture.width))
+    model = subject.model.model
+    with clock.watching(model_parts(model)), clock.part(REST):
+        output = subject.predictor.forward(prepared.pixels[None])
+    with clock.part("post-processing"):
+        (found,) = decode(model.config.family, output, [prepared.size_hw])
+    kept = ImageDetections(found.boxes_xyxy_px[:DRAWN_BOXES], found.scores[:DRAWN_BOXES], found.labels[:DRAWN_BOXES])
+    with clock.part("drawing"):
+        drawn = finisher.draw(picture, kept)
+    with clock.part("writing"):
+        finisher.write(drawn)
+    seconds = clock.take()
+    last = (REST, "post-processing", "drawing", "writing")
+    return {stage: seconds[stage] for stage in (*(s for s in seconds if s not in last), *last)}
+
+
+def _waiting(run: Any, device: torch.device) -> Any:
+    def wait() -> None:
+        run()
+        torch.cuda.synchronize(device)
+
+    return run if device.type == "cpu" else wait
+
+
+def _write_photo(folder: Path, size_hw: tuple[int, int]) -> Path:
+    """A JPEG with as much detail as a photograph has: noise of every scale, smaller the finer it is."""
+    height, width = (max(1, round(side * _PHOTO_SCALE)) for side in size_hw)
+    rng = np.random.default_rng(0)
+    total = np.zeros((height, width, 3), dtype=np.float32)
+    for cells in (4, 8, 16, 32, 64, 128, 256):
+        coarse = rng.integers(0, 256, (min(cells, height), min(cells, width), 3), dtype=np.uint8)
+        layer = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        total += np.asarray(layer) / np.float32(cells)
+    total *= 255 / total.max()
+    path = folder / "photo.jpg"
+    Image.fromarray(total.astype(np.uint8)).save(path, quality=90)
+    return path

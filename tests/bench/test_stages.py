@@ -1,0 +1,119 @@
+"""The breakdown of one picture, and the floor it is held against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from PIL import Image
+
+from ddetr_cli.bench.ceilings import CONVOLUTIONS, Ceilings, ceiling_probes
+from ddetr_cli.bench.flops import ModelSize
+from ddetr_cli.bench.options import BenchOptions
+from ddetr_cli.bench.stages import DRAWN_BOXES, StagesSection, measure_stages
+from ddetr_cli.bench.subjects import open_model
+from ddetr_cli.bench.tables import Silence
+from ddetr_cli.bench.timing import Samples
+from ddetr_cli.classes import ClassTable
+from ddetr_cli.inference.predictor import ImageDetections
+from ddetr_cli.presets import get_preset
+
+CPU = torch.device("cpu")
+
+
+class Finisher:
+    """Notes what it is given."""
+
+    drawn: ClassVar[list[tuple[tuple[int, int], int]]] = []
+    written: ClassVar[list[object]] = []
+
+    def __init__(self, classes: ClassTable, folder: Path) -> None:
+        assert folder.is_dir()
+
+    def draw(self, picture: Image.Image, found: ImageDetections) -> object:
+        Finisher.drawn.append((picture.size, len(found.scores)))
+        return "drawn"
+
+    def write(self, drawn: object) -> None:
+        Finisher.written.append(drawn)
+
+    def close(self) -> None:
+        Finisher.written.append("closed")
+
+
+@pytest.fixture(scope="module")
+def section() -> StagesSection:
+    # The probes have the size of real ones; tests need no machine's peak.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddetr_cli.bench.ceilings.CONVOLUTIONS", ((32, 8, 8), (64, 4, 4)))
+        patch.setattr("ddetr_cli.bench.ceilings.COPY_BYTES", 1 << 20)
+        options = BenchOptions(
+            ("tiny",), size_hw=(64, 85), precisions=("fp32", "bf16"), device="cpu", rounds=2, warmup=1
+        )
+        section = measure_stages(options, [open_model("tiny", Silence())], CPU, Finisher, Silence())
+        section.to_json()
+        section.tables()
+    return section
+
+
+def test_stages_are_those_from_the_file_to_the_files_in_their_order(section: StagesSection) -> None:
+    for result in section.results:
+        stages = list(result.stages)
+        assert stages[:2] == ["reading", "preparing"]
+        assert stages[-4:] == ["rest of the model", "post-processing", "drawing", "writing"]
+
+
+def test_every_stage_has_a_sample_of_every_round(section: StagesSection) -> None:
+    for result in section.results:
+        assert {len(samples.values) for samples in result.stages.values()} == {2}
+        assert all(value > 0 for samples in result.stages.values() for value in samples.values)
+
+
+def test_a_few_boxes_are_drawn_on_a_photograph_smaller_than_what_the_model_sees(section: StagesSection) -> None:
+    assert set(Finisher.drawn) == {((51, 38), DRAWN_BOXES)}
+    assert set(Finisher.written[:-2]) == {"drawn"}
+
+
+def test_writing_is_closed_at_the_end(section: StagesSection) -> None:
+    assert Finisher.written[-2:] == ["closed", "closed"]  # one for each precision
+
+
+def test_both_precisions_are_broken_down(section: StagesSection) -> None:
+    assert [result.precision for result in section.results] == ["fp32", "bf16"]
+
+
+def ceilings_of(seconds: dict[str, float]) -> Ceilings:
+    return Ceilings((64, 64), {name: Samples((value,)) for name, value in seconds.items()})
+
+
+def test_the_floor_is_flops_at_the_best_convolution_and_the_encoders_op() -> None:
+    config = get_preset("r50")
+    names = list(ceiling_probes((64, 64), [config], ["fp32"], 1, CPU))
+    # The last convolution does its 9 * 512 * 512 * 25 * 42 multiply-adds at 1e9 a second, the others at half that.
+    rates = [0.5e9, 0.5e9, 1e9]
+    times = {
+        name: 9 * c * c * h * w / rate for name, (c, h, w), rate in zip(names, CONVOLUTIONS, rates, strict=False)
+    }
+    times |= {names[3]: 0.25, names[4]: 1.0, names[5]: 1.0}
+    ceilings = ceilings_of(times)
+    assert ceilings.peak("fp32") == pytest.approx(1e9)
+    size = ModelSize(1, 1, {"convolution": 3_000_000_000, "linear": 1_000_000_000, "deformable": 77})
+    assert ceilings.floor(config, size, "fp32") == pytest.approx(4.0 + 6 * 0.25)
+    assert ceilings.floor(get_preset("detr-r50"), size, "fp32") == pytest.approx(4.0)
+
+
+def test_rates_of_memory_count_what_is_read_and_written() -> None:
+    ceilings = ceilings_of({"copy": 2.0, "fill fresh memory": 4.0})
+    assert ceilings.copy_rate == (256 << 20)
+    assert ceilings.fresh_rate == (256 << 20) / 4
+
+
+def test_the_op_is_probed_once_for_models_that_share_its_form() -> None:
+    configs = [get_preset(name) for name in ("r50", "r50-refine", "r50-single-scale", "detr-r50")]
+    names = [name for name in ceiling_probes((64, 64), configs, ["fp32"], 1, CPU) if name.startswith("op")]
+    assert names == [
+        "op on a cached value, 4 levels of 8x32 fp32",
+        "op on a cached value, 1 levels of 8x32 fp32",
+    ]
