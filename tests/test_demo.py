@@ -62,10 +62,11 @@ def test_the_reference_finds_what_the_native_kernels_find(
     repository: Path, require_native: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures = [read_image(path) for path in sorted((repository / "examples" / "images").glob("*.jpg"))[:2]]
-    predictor = Predictor(load_model("demo"), device="cpu")
-    native = predictor.predict(pictures)
+    native = Predictor(load_model("demo"), device="cpu", precision="fp32").predict(pictures)
     monkeypatch.setitem(kernels._BY_DEVICE, torch.device("cpu"), kernels.ReferenceKernels())
-    for ours, theirs in zip(predictor.predict(pictures), native, strict=True):
+    monkeypatch.setattr("ddetr_cli.inference.predictor.accelerate", lambda model, precision: None)
+    plain = Predictor(load_model("demo"), device="cpu", precision="fp32").predict(pictures)
+    for ours, theirs in zip(plain, native, strict=True):
         # Sums in another order: scores agree to single precision, and so does the order of all but near ties.
         confident = theirs.scores > 0.1
         assert torch.equal(ours.labels[confident], theirs.labels[confident])

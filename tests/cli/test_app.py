@@ -46,7 +46,8 @@ def test_help_and_version_work_without_torch_and_import_nothing_heavy() -> None:
         "for name in ('torch', 'torchvision', 'PIL', 'numpy', 'pycocotools', 'scipy'): sys.modules[name] = None\n"
         "before = set(sys.modules)\n"
         "from ddetr_cli.cli.app import main\n"
-        "pages = [['--help'], ['--version'], *([c, '--help'] for c in ('detect', 'train', 'eval', 'bench'))]\n"
+        "from ddetr_cli.cli.app import COMMANDS\n"
+        "pages = [['--help'], ['--version'], *([command, '--help'] for command, _ in COMMANDS)]\n"
         "codes = [main(page) for page in pages]\n"
         "assert 'tqdm' not in sys.modules and 'click' not in sys.modules\n"
         "sys.exit(max(codes))"
@@ -91,8 +92,8 @@ def test_every_option_of_every_command_has_help_text() -> None:
             assert parameter.help, f"{command.name}: {parameter.name}"
 
 
-def test_the_commands_are_the_four_of_the_contract() -> None:
-    assert [command for command, _ in COMMANDS] == ["detect", "train", "eval", "bench"]
+def test_the_commands_are_those_of_the_contract() -> None:
+    assert [command for command, _ in COMMANDS] == ["detect", "train", "eval", "bench", "export"]
 
 
 def test_nothing_at_all_shows_the_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:

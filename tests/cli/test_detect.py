@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ddetr_cli.cli.app import main
+from ddetr_cli.data.images import network_size
 from ddetr_cli.inference.predictor import Predictor
 
 
@@ -288,14 +289,14 @@ def test_quiet_says_nothing_when_all_is_well_and_names_what_is_not(
 def test_detections_that_are_not_finite_are_counted_and_exit_3(
     model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ddetr_cli.model.postprocess import Detections, postprocess
+    from ddetr_cli.model.postprocess import Detections, decode
 
     def spoil(*arguments: Any) -> list[Detections]:
-        rows = postprocess(*arguments)
+        rows = decode(*arguments)
         rows[0].boxes_xyxy_px[0, 0] = float("nan")
         return rows
 
-    monkeypatch.setattr("ddetr_cli.inference.predictor.postprocess", spoil)
+    monkeypatch.setattr("ddetr_cli.inference.predictor.decode", spoil)
     assert detect(model, photos, "-o", tmp_path / "out", "-t", 0, "-q") == 3
     assert "a.jpg: 1 detections dropped (not finite numbers)" in capsys.readouterr().err
     assert len(detections_in(tmp_path / "out")) == 297
@@ -324,3 +325,36 @@ def test_a_cuda_device_that_is_not_there_exits_8(model: str, photos: Path, tmp_p
         pytest.skip("this machine has a CUDA device")
     assert main(["detect", str(photos), "-m", model, "-o", str(tmp_path / "out"), "--device", "cuda:0"]) == 8
     assert not (tmp_path / "out").exists()
+
+
+def test_preprocess_hf_takes_the_size_of_transformers_and_is_on_record(model: str, tmp_path: Path) -> None:
+    # At short side 64 the cap is 106: 64 * 231 / 640 px would be 23.1, so it binds and the rules differ.
+    values = np.random.default_rng(0).integers(0, 256, (231, 640, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "long.png")
+    assert [network_size(640, 231, 64), network_size(640, 231, 64, rule="hf")] == [(38, 105), (38, 106)]
+    for rule in ("original", "hf"):
+        output = tmp_path / rule
+        assert detect(model, tmp_path / "long.png", "-o", output, "-t", 0, "-q", "--preprocess", rule) == 0
+        assert json.loads((output / "images.json").read_text())["info"]["preprocess"] == rule
+    assert detections_in(tmp_path / "original") != detections_in(tmp_path / "hf")
+
+
+def test_draft_is_refused_with_pictures_and_recorded_without(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert detect(model, photos, "-o", output, "--draft") == 2
+    assert (
+        "--draft: not with annotated pictures (they need every pixel). Add --format coco." in capsys.readouterr().err
+    )
+    assert not output.exists()
+    assert detect(model, photos, "-o", output, "--draft", "--format", "coco", "-q") == 0
+    assert json.loads((output / "images.json").read_text())["info"]["draft"] is True
+
+
+def test_draft_changes_nothing_for_pictures_that_are_small_or_no_jpegs(
+    model: str, photos: Path, tmp_path: Path
+) -> None:
+    for name, options in (("whole", []), ("draft", ["--draft"])):
+        assert detect(model, photos, "-o", tmp_path / name, "-t", 0, "-q", "--format", "coco", *options) == 0
+    assert detections_in(tmp_path / "draft") == detections_in(tmp_path / "whole")

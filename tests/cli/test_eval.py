@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.cli.app import main
+from ddetr_cli.inference.preparation import Preparation
 from ddetr_cli.model.detector import build_detector
 from ddetr_cli.presets import get_preset
 from ddetr_cli.weights import save_checkpoint
@@ -176,6 +177,7 @@ def test_limit_scores_only_the_first_images(dataset: Path, tmp_path: Path) -> No
         ["DATA", "--device", "tpu"],
         ["DATA", "--preset", "huge"],
         ["DATA", "--precision", "fp8"],
+        ["DATA", "--preprocess", "theirs"],
         ["DATA", "--batch-size", "0"],
         ["DATA", "--image-size", "-1"],
         ["DATA", "--limit", "0"],
@@ -259,3 +261,19 @@ def test_a_missing_model_exits_5(dataset: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["eval", str(dataset), "--device", "cpu"]) == 5
+
+
+def test_preprocess_chooses_whose_size_rule_prepares_the_pictures(
+    dataset: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules: list[str] = []
+    prepare = Preparation.__call__
+
+    def note(self: Preparation, *arguments: Any) -> Any:
+        rules.append(self.preprocess)
+        return prepare(self, *arguments)
+
+    monkeypatch.setattr(Preparation, "__call__", note)
+    for rule in ("original", "hf"):
+        assert main(["eval", str(dataset), "-m", str(checkpoint), "--device", "cpu", "--preprocess", rule]) == 0
+    assert rules == ["original", "original", "hf", "hf"]

@@ -29,6 +29,10 @@ def result(name: str = "a.jpg", image_id: int = 1, *, rows: int = 1, failure: st
     return ImageResult(Input(Path(name), name), image_id, (64, 48), [box] * rows, [0.123456789] * rows, [2] * rows)
 
 
+def draw(sink: PicturesSink, one: ImageResult, picture: Image.Image) -> None:
+    sink.add(one, sink.render(one, picture))
+
+
 def write_coco(
     output: Path, *results: ImageResult
 ) -> tuple[list[dict[str, object]], dict[str, list[dict[str, object]]]]:
@@ -138,7 +142,7 @@ def test_pictures_mirror_the_inputs_and_carry_no_metadata(tmp_path: Path, name: 
     picture = noise()
     picture.info = {"exif": b"Exif\0\0secret", "comment": b"secret", "icc_profile": b"secret"}
     sink = PicturesSink(tmp_path, CLASSES)
-    sink.add(result(name), picture)
+    draw(sink, result(name), picture)
     sink.finish()
     path = tmp_path / "annotated" / picture_name(name)
     with Image.open(path) as drawn:
@@ -150,7 +154,7 @@ def test_pictures_mirror_the_inputs_and_carry_no_metadata(tmp_path: Path, name: 
 
 def test_a_picture_longer_than_a_jpeg_can_be_is_drawn_smaller(tmp_path: Path) -> None:
     sink = PicturesSink(tmp_path, CLASSES)
-    sink.add(result("a.tif"), Image.new("RGB", (70_000, 40)))
+    draw(sink, result("a.tif"), Image.new("RGB", (70_000, 40)))
     with Image.open(tmp_path / "annotated/a.tif.jpg") as drawn:
         assert drawn.width == 65_500
 
@@ -167,7 +171,7 @@ def test_overwriting_removes_only_pictures_that_the_earlier_run_drew(tmp_path: P
         coco, pictures = CocoSink(tmp_path, CLASSES, INFO), PicturesSink(tmp_path, CLASSES)
         for number, name in enumerate(names, start=1):
             coco.add(result(name, number), None)
-            pictures.add(result(name, number), noise())
+            draw(pictures, result(name, number), noise())
         (tmp_path / "annotated/mine.jpg").write_bytes(b"")
         coco.finish()
         pictures.finish()
@@ -195,14 +199,14 @@ def test_a_disk_that_fills_up_while_drawing_leaves_no_half_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink = PicturesSink(tmp_path, CLASSES)
-    sink.add(result("a.jpg"), noise())
+    draw(sink, result("a.jpg"), noise())
 
     def refuse(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OutputError, match=r"annotated/b\.jpg: not written \(No space left on device\)"):
-        sink.add(result("b.jpg", 2), noise())
+        draw(sink, result("b.jpg", 2), noise())
     assert [path.name for path in (tmp_path / "annotated").iterdir()] == ["a.jpg"]
 
 

@@ -110,6 +110,36 @@ def test_boxes_to_csv_has_one_row_for_every_detection(
     assert [float(row["left"]) for row in rows] == [found["bbox"][0] for found in detections]
 
 
+def test_find_objects_prints_what_the_command_writes_and_goes_on_after_a_bad_picture(
+    environment: dict[str, str], model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out, boxed = tmp_path / "out", tmp_path / "boxed"
+    done = run(["ddetr", "detect", pictures, "--model", model, "--threshold", "0", "--output", out], environment)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    inputs = [pictures / "a.png", tmp_path / "bad.png", pictures / "b.png"]
+    options = ["--model", model, "--threshold", "0", "--output", boxed]
+    done = run(["python3", EXAMPLES / "find_objects.py", *inputs, *options], environment)
+    assert done.returncode == 1
+    assert "bad.png: not an image" in done.stderr
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert len(rows) == 2 * ROWS_PER_IMAGE
+    assert {row[0] for row in rows} == {str(pictures / "a.png"), str(pictures / "b.png")}
+    detections = json.loads((out / "detections.json").read_text())
+    assert [row[2] for row in rows] == [f"{found['score']:.3f}" for found in detections]
+    assert [int(row[3]) for row in rows] == [round(found["bbox"][0]) for found in detections]
+    assert sorted(path.name for path in boxed.iterdir()) == ["a.png", "b.png"]
+
+
+def test_the_program_in_the_readme_prints_a_line_for_every_object(environment: dict[str, str]) -> None:
+    program = (EXAMPLES / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        ["python3", "-c", program], env=environment, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} >= {"circle", "ring"}
+
+
 def test_count_objects_counts_only_scores_from_the_threshold_on(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "images.json").write_text(
         json.dumps({"categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}]})
@@ -129,7 +159,7 @@ def test_train_on_scenes_ends_with_the_scores_of_a_trained_model(environment: di
     assert {"AP", "AP50", "per_class"} <= set(json.loads((work / "scores" / "metrics.json").read_text()))
 
 
-@pytest.mark.parametrize("name", ["detect_folder.sh", "train_on_scenes.sh", "boxes_to_csv.py"])
+@pytest.mark.parametrize("name", ["detect_folder.sh", "train_on_scenes.sh", "boxes_to_csv.py", "find_objects.py"])
 def test_an_example_without_arguments_says_how_it_is_used(name: str, environment: dict[str, str]) -> None:
     script = EXAMPLES / name
     done = run([script] if name.endswith(".sh") else ["python3", script], environment)
@@ -158,6 +188,8 @@ def test_every_example_is_in_the_table_of_the_readme() -> None:
         "detect_folder.sh",
         "count_objects.py",
         "boxes_to_csv.py",
+        "find_objects.py",
         "train_on_scenes.sh",
+        "train_torchrun.sh",
         "shrink_checkpoint.py",
     }

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ddetr_cli.cli import console
+from ddetr_cli.cli.grouped import GroupedCommand
 from ddetr_cli.errors import DdetrError
 
 if TYPE_CHECKING:
@@ -36,18 +37,21 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("train", "train"),
     ("eval", "evaluate"),
     ("bench", "bench"),
+    ("export", "export"),
 )
 
 # A full or read-only disk met outside the code that expects it is still the output's fault, not a bug.
 _OUTPUT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
-_EPILOG = "Exit codes:\n" + "\n".join(f"{code:>3}  {meaning}" for code, meaning in console.EXIT_CODES.items())
+# \b: a block that is printed as it stands.
+_EPILOG = "\b\nExit codes:\n" + "\n".join(f"{code:>3}  {meaning}" for code, meaning in console.EXIT_CODES.items())
 
 app = typer.Typer(
     name="ddetr",
     help="Find objects in pictures with Deformable DETR: detect, train, evaluate, measure.",
     epilog=_EPILOG,
     no_args_is_help=True,
+    rich_markup_mode=None,  # importing rich would take most of the time of --help
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -92,7 +96,8 @@ def _global_options(
 
 
 for _command, _function in COMMANDS:
-    app.command(_command)(getattr(importlib.import_module(f"ddetr_cli.cli.{_command}"), _function))
+    _module = importlib.import_module(f"ddetr_cli.cli.{_command}")
+    app.command(_command, cls=GroupedCommand)(getattr(_module, _function))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,6 +172,6 @@ def _report_usage(error: typer.TyperException) -> int:
         console.say(context.get_usage())
         if not error.format_message():
             return error.exit_code
-    console.say_error(error.format_message())
+    console.say_error(" ".join(error.format_message().split()))  # Typer lists choices over several lines
     console.say(f"Try '{'ddetr' if context is None else context.command_path} --help' for help.")
     return error.exit_code

@@ -192,6 +192,13 @@ class Progress:
             self._bar.close()
             self._bar = None
 
+    def extend(self, count: int) -> None:
+        """``count`` more are to be done than known at the start."""
+        self.total += count
+        if self._bar is not None:
+            self._bar.total = self.total
+            self._bar.refresh()
+
     def advance(self, count: int = 1) -> None:
         """``count`` more are finished."""
         self.done += count
@@ -213,12 +220,17 @@ class Progress:
 class StopSignals:
     """The first SIGINT or SIGTERM asks the work to stop at its next safe point; a second one stops it at once.
 
+    Those that follow within ``grace`` seconds count as the first.
+
     ``with StopSignals() as stop:`` then poll ``stop.requested`` between images or steps, save, and end with
     ``raise typer.Exit(stop.exit_code)``. Outside the main thread, where Python cannot listen, it never fires.
     """
 
-    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> None:
+    def __init__(
+        self, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM), *, grace: float = 0.0
+    ) -> None:
         self.received: signal.Signals | None = None
+        self._grace, self._received_at = grace, 0.0
         self._signals = signals
         self._before: dict[signal.Signals, Any] = {}
 
@@ -246,8 +258,10 @@ class StopSignals:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
+            if time.monotonic() - self._received_at < self._grace:
+                return
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
-        self.received = signal.Signals(number)
+        self.received, self._received_at = signal.Signals(number), time.monotonic()
         # A plain write: the interrupted code may hold the bar's lock.
         with suppress(OSError, ValueError, AttributeError):
             os.write(sys.stderr.fileno(), b"\nddetr: stopping at the next safe point; once more stops at once\n")

@@ -15,6 +15,7 @@ from ddetr_cli.cli.predictor import (
     Device,
     ImageSize,
     Precision,
+    Preprocess,
     Preset,
     check_model_options,
     open_predictor,
@@ -34,8 +35,9 @@ def evaluate(
         Path | None,
         typer.Argument(
             metavar="DATA",
-            help="Data set in COCO format: a COCO root, its val2017/ folder, or a folder with images/ and "
-            "annotations/<split>.json. Not needed with --annotations.",
+            help="Data set in COCO's format (a COCO root, its val2017/ folder, or a folder with images/ and "
+            "annotations/<split>.json), in YOLO's (data.yaml) or Pascal VOC's (Annotations/*.xml). Not needed with "
+            "--annotations.",
         ),
     ] = None,
     model: Annotated[
@@ -73,6 +75,7 @@ def evaluate(
     per_class: Annotated[bool, typer.Option("--per-class", help="Also show the numbers of every category.")] = False,
     image_size: ImageSize = None,
     precision: Precision = "fp32",
+    preprocess: Preprocess = "original",
     batch_size: BatchSize = 8,
     preset: Preset = None,
     device: Device = "auto",
@@ -80,6 +83,13 @@ def evaluate(
         Literal["error", "drop"],
         typer.Option("--map-missing", help="A predicted class the data set does not have: stop, or leave it out."),
     ] = "error",
+    skip_bad_annotations: Annotated[
+        bool, typer.Option("--skip-bad-annotations", help="Leave out annotations that are refused otherwise.")
+    ] = False,
+    max_bad: Annotated[
+        float,
+        typer.Option("--max-bad", min=0, max=1, help="The share of all that may be left out; more is refused."),
+    ] = 0.05,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Use only the first N images of the data set.")
     ] = None,
@@ -96,14 +106,14 @@ def evaluate(
     check_model_options(model, device=device, preset=preset)
 
     from ddetr_cli.atomic import check_new_folder
-    from ddetr_cli.data.coco import locate_dataset, read_annotations
+    from ddetr_cli.data.coco import locate_dataset, read_split
     from ddetr_cli.evaluate.metrics import evaluate_detections
     from ddetr_cli.evaluate.predictions import read_predictions
 
     paths = locate_dataset(data, split=split, images=images, annotations=annotations, purpose="eval")
     if output is not None:
         check_new_folder(output, overwrite=overwrite)
-    ground_truth = read_annotations(paths.annotations)
+    ground_truth = read_split(paths, skip_bad=skip_bad_annotations, max_bad=max_bad)
     for sentence in ground_truth.repairs:
         console.say_warning(sentence)
     total = len(ground_truth.images)
@@ -130,6 +140,7 @@ def evaluate(
             preset=preset,
             image_size=image_size,
             precision=precision,
+            preprocess=preprocess,
             batch_size=batch_size,
             device=device,
             map_missing=map_missing,
@@ -151,6 +162,7 @@ def _detections_of_model(
     preset: str | None,
     image_size: int | None,
     precision: str,
+    preprocess: Literal["original", "hf"],
     batch_size: int,
     device: str,
     map_missing: Literal["error", "drop"],
@@ -162,7 +174,13 @@ def _detections_of_model(
 
     check_images(ground_truth, images)
     loaded, predictor = open_predictor(
-        model, preset=preset, device=device, precision=precision, image_size=image_size, batch_size=batch_size
+        model,
+        preset=preset,
+        device=device,
+        precision=precision,
+        image_size=image_size,
+        preprocess=preprocess,
+        batch_size=batch_size,
     )
     mapping = map_classes(loaded.classes, ground_truth.categories)
     for line in mapping.describe():

@@ -11,6 +11,7 @@ import typer
 
 from ddetr_cli.cli import console
 from ddetr_cli.errors import UsageError
+from ddetr_cli.presets import LARGEST_IMAGE_SIZE, SMALLEST_IMAGE_SIZE
 
 if TYPE_CHECKING:
     from ddetr_cli.inference.predictor import Predictor
@@ -34,14 +35,22 @@ ImageSize = Annotated[
     int | None,
     typer.Option(
         "--image-size",
-        min=16,
-        max=8192,
+        min=SMALLEST_IMAGE_SIZE,
+        max=LARGEST_IMAGE_SIZE,
         show_default="the checkpoint's",
         help="Short side in pixels of what the model sees; the long side is capped at 1333/800 of it.",
     ),
 ]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"], typer.Option("--precision", help="Arithmetic of the model.")
+]
+Preprocess = Annotated[
+    Literal["original", "hf"],
+    typer.Option(
+        "--preprocess",
+        help="Whose rule gives the size the model sees: the authors', or that of transformers, which in long "
+        "pictures differs by up to 2 pixels.",
+    ),
 ]
 Preset = Annotated[
     str | None,
@@ -69,14 +78,17 @@ def open_predictor(
     device: str,
     precision: str,
     image_size: int | None,
+    preprocess: Literal["original", "hf"],
     batch_size: int,
     quiet: bool = False,
 ) -> tuple[LoadedModel, Predictor]:
     """The model and its predictor on the device; tells on stderr what was loaded and how it will compute."""
     from ddetr_cli.inference.device import resolve_device
     from ddetr_cli.inference.predictor import Predictor
+    from ddetr_cli.inference.threads import use_available_cores
     from ddetr_cli.weights import load_model
 
+    use_available_cores()
     # First, because it takes an instant to refuse a device and minutes to download a model.
     resolved = resolve_device(device, on_notice=console.say_warning)
     loaded = load_model(model, preset=preset, announce=None if quiet else console.say)
@@ -88,6 +100,7 @@ def open_predictor(
         device=resolved,
         precision=precision,
         image_size=image_size,
+        preprocess=preprocess,
         batch_size=batch_size,
         on_notice=console.say_warning,
     )

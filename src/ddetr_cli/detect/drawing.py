@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ddetr_cli.data.images import open_picture
 from ddetr_cli.printable import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    from ddetr_cli.data.images import ImageLike
+    from ddetr_cli.inference.results import Detection
 
 Box = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
@@ -35,6 +39,21 @@ _LONGEST_NAME = 40
 # A label may take this much of the picture; on a thumbnail it would hide everything, and is left out.
 _LABEL_WIDTH_FRACTION = 0.6
 _LABEL_HEIGHT_FRACTION = 0.3
+
+
+def draw(image: ImageLike, detections: Iterable[Detection]) -> Image.Image:
+    """A copy of a picture, any that a Detector takes, with what it found in it: as ``ddetr detect`` draws it.
+
+    Raises ImageError for a picture that cannot be read.
+    """
+    found = list(detections)
+    return draw_detections(
+        open_picture(image),
+        [detection.box for detection in found],
+        [detection.class_index for detection in found],
+        [detection.score for detection in found],
+        [detection.label for detection in found],
+    )
 
 
 def draw_detections(

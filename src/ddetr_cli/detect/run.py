@@ -1,4 +1,4 @@
-"""The loop of a detection run: decode ahead, predict window by window, hand every result on in input order.
+"""The loop of a detection run: read ahead, predict window by window, draw behind, hand results on in input order.
 
 One bad image never stops the run. What does stop it (a full disk, a lost device) leaves no half-written file.
 """
@@ -10,30 +10,30 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
-from ddetr_cli.data.images import read_image
+from ddetr_cli.data.images import read_image, read_reduced
 from ddetr_cli.detect.ids import assign_image_ids
 from ddetr_cli.errors import DdetrError, DeviceError, ImageError
+from ddetr_cli.inference.ahead import helper_threads, map_ahead
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from concurrent.futures import Executor
 
     from PIL import Image
 
     from ddetr_cli.classes import ClassTable
     from ddetr_cli.detect.sources import Input
     from ddetr_cli.inference.predictor import ImageDetections, Predictor
+    from ddetr_cli.inference.preparation import Prepared
 
 _log = logging.getLogger(__name__)
 
-DECODERS = 2  # threads; Pillow lets go of the interpreter while it decodes
-# A window is what may wait for the model at once. On a GPU it holds several batches, so that images of one size
-# find each other; its pixels are bounded because 32 photos of 89 megapixels would fill any memory.
+# A window is what goes to the model at once. On a GPU it holds several batches, so that images of one size find each
+# other; its memory is bounded because 32 photos of 89 megapixels would fill any. As much may wait to follow it.
 _BATCHES_PER_WINDOW = 4
-_WINDOW_PIXELS = 200_000_000
+_WINDOW_BYTES = 800_000_000
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,14 @@ class ImageResult:
 
 
 class Sink(Protocol):
-    """Something that keeps results. Its methods raise OutputError."""
+    """Something that keeps results. ``add`` and ``finish`` raise OutputError."""
 
-    def add(self, result: ImageResult, picture: Image.Image | None) -> None:
-        """Take one result, in input order; ``picture`` is None where the image failed."""
+    @property
+    def render(self) -> Callable[[ImageResult, Image.Image], bytes] | None:
+        """The slow part of keeping a result, without any effect; called on any thread. None for a sink without."""
+
+    def add(self, result: ImageResult, rendered: bytes | None) -> None:
+        """Take one result, in input order, and what ``render`` made of it; None where the image failed."""
 
     def finish(self) -> None:
         """Everything has been added: make it final."""
@@ -84,160 +88,224 @@ def detect_images(
     *,
     threshold: float,
     max_pixels: int,
+    draft: bool = False,
     on_result: Callable[[ImageResult], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> RunSummary:
     """Run ``predictor`` over ``inputs`` and give every result to ``sinks``, then to ``on_result``, in input order.
 
-    Detections scoring ``threshold`` or more are kept. When ``should_stop`` says so the run ends after the images
-    in work; what was not reached is recorded as failed and the sinks are finished, as they are when the device
-    fails for good (DeviceError). Raises OutputError from a sink, with all sinks abandoned.
+    Detections scoring ``threshold`` or more are kept. With ``draft`` large JPEGs are decoded at reduced size, unless
+    a sink draws. When ``should_stop`` says so the run ends after the images in work; what was not reached is recorded
+    as failed and the sinks are finished, as they are when the device fails for good (DeviceError). Raises OutputError
+    from a sink, with all sinks abandoned.
     """
-    summary = RunSummary()
     start = time.perf_counter()
     ids = assign_image_ids([item.name for item in inputs])
     done = 0
     device_error: DeviceError | None = None
-
-    def keep(result: ImageResult, picture: Image.Image | None) -> None:
-        for sink in sinks:
-            sink.add(result, picture)
-        _count(summary, result)
-        on_result(result)
-
+    threads = helper_threads(predictor.device.type)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ddetr")
+    keeper = _Keeper(pool, sinks, on_result)
+    keeps_pictures = any(sink.render is not None for sink in sinks)
+    reader = _Reader(predictor, max_pixels, keeps_pictures=keeps_pictures, draft=draft)
     try:
         try:
-            for window in _windows(inputs, ids, predictor, max_pixels):
+            for window in _windows(pool, reader, zip(inputs, ids, strict=True), predictor):
                 for result, picture in _predict_window(window, predictor, threshold):
-                    keep(result, picture)
+                    keeper.take(result, picture)
                     done += 1
+                    keeper.hand_on(left=threads)
                 if should_stop():
                     break
         except DeviceError as error:
             device_error = error
+        keeper.hand_on(left=0)
         for item, image_id in zip(inputs[done:], ids[done:], strict=True):
             failure = (
                 "not processed (the run was stopped)." if device_error is None else f"not processed ({device_error})"
             )
             for sink in sinks:
                 sink.add(ImageResult(item, image_id, failure=failure), None)
-            summary.unfinished += 1
         for sink in sinks:
             sink.finish()
     except BaseException:
         for sink in sinks:
             sink.abandon()
         raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     if device_error is not None:
         raise device_error
-    summary.seconds = time.perf_counter() - start
-    return summary
+    keeper.summary.unfinished = len(inputs) - done
+    keeper.summary.seconds = time.perf_counter() - start
+    return keeper.summary
+
+
+class _Keeper:
+    """Has results drawn, and hands them on in their order."""
+
+    def __init__(self, pool: Executor, sinks: Sequence[Sink], on_result: Callable[[ImageResult], None]) -> None:
+        self.summary = RunSummary()
+        self._pool = pool
+        self._sinks = sinks
+        self._on_result = on_result
+        self._drawn: deque[_Drawn] = deque()
+
+    def take(self, result: ImageResult, picture: Image.Image | None) -> None:
+        """Begin to draw one result."""
+        files: list[Future[bytes] | None] = [None] * len(self._sinks)
+        if picture is None:
+            self._drawn.append(_Drawn(result, files, 0))
+            return
+        for index, sink in enumerate(self._sinks):
+            if sink.render is not None:
+                files[index] = self._pool.submit(sink.render, result, picture)
+        self._drawn.append(_Drawn(result, files, _nbytes(picture)))
+
+    def hand_on(self, left: int) -> None:
+        """Give the sinks what has been drawn; wait until at most ``left`` images, and not too large ones, are not."""
+        while self._drawn and (len(self._drawn) > left or self._held() > _WINDOW_BYTES or self._drawn[0].is_done()):
+            drawn = self._drawn.popleft()
+            for sink, file in zip(self._sinks, drawn.files, strict=True):
+                sink.add(drawn.result, None if file is None else file.result())
+            _count(self.summary, drawn.result)
+            self._on_result(drawn.result)
+
+    def _held(self) -> int:
+        return sum(drawn.nbytes for drawn in self._drawn)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A result and, for each sink, the file being made of it; None for sinks that make none."""
+
+    result: ImageResult
+    files: list[Future[bytes] | None]
+    nbytes: int  # of the picture
+
+    def is_done(self) -> bool:
+        return all(file is None or file.done() for file in self.files)
+
+
+def _nbytes(picture: Image.Image) -> int:
+    return 4 * picture.width * picture.height  # Pillow takes four bytes for an RGB pixel
 
 
 @dataclass
-class _Decoded:
+class _Read:
+    """One input, ready for the model or failed; the picture itself only where something draws on it."""
+
     item: Input
     image_id: int
-    picture: Image.Image | None
-    failure: str | None
+    size_wh: tuple[int, int] | None = None
+    prepared: Prepared | None = None
+    picture: Image.Image | None = None
+    failure: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it holds."""
+        picture = 0 if self.picture is None else _nbytes(self.picture)
+        return picture + (0 if self.prepared is None else self.prepared.pixels.nbytes)
 
 
-def _failure_of(path: Path, error: ImageError) -> str:
-    """The reason alone, without the path in front: files that quote it name the path themselves."""
-    return str(error).removeprefix(f"{path}: ")
+@dataclass(frozen=True)
+class _Reader:
+    """Turns an input into what the model takes; called on any thread, and never raises for a bad input."""
 
+    predictor: Predictor
+    max_pixels: int
+    keeps_pictures: bool
+    draft: bool
 
-def _decode(item: Input, image_id: int, max_pixels: int) -> _Decoded:
-    if item.failure is not None:
-        return _Decoded(item, image_id, None, item.failure)
-    try:
-        return _Decoded(item, image_id, read_image(item.path, max_pixels=max_pixels), None)
-    except ImageError as error:
-        return _Decoded(item, image_id, None, _failure_of(item.path, error))
-
-
-def _decode_ahead(inputs: Sequence[Input], ids: Sequence[int], max_pixels: int, ahead: int) -> Iterator[_Decoded]:
-    """Every input decoded, in order, with at most ``ahead`` pictures finished or in work beyond the one given."""
-    work = iter(zip(inputs, ids, strict=True))
-    with ThreadPoolExecutor(DECODERS, thread_name_prefix="ddetr-decode") as pool:
-        waiting: deque[Future[_Decoded]] = deque()
+    def __call__(self, numbered: tuple[Input, int]) -> _Read:
+        item, image_id = numbered
+        read = _Read(item, image_id, failure=item.failure)
+        if item.failure is not None:
+            return read
         try:
-            for item, image_id in islice(work, ahead):
-                waiting.append(pool.submit(_decode, item, image_id, max_pixels))
-            while waiting:
-                decoded = waiting.popleft().result()
-                following = next(work, None)
-                if following is not None:
-                    waiting.append(pool.submit(_decode, *following, max_pixels))
-                yield decoded
-        finally:
-            for future in waiting:
-                future.cancel()
+            if self.draft and not self.keeps_pictures:
+                short = self.predictor.image_size
+                picture, read.size_wh = read_reduced(item.path, short, max_pixels=self.max_pixels)
+            else:
+                picture = read_image(item.path, max_pixels=self.max_pixels)
+                read.size_wh = picture.size
+            read.prepared = self.predictor.prepare(picture, (read.size_wh[1], read.size_wh[0]))
+            read.picture = picture if self.keeps_pictures else None
+        except ImageError as error:
+            # The reason alone, without the path in front: files that quote it name the path themselves.
+            read.failure = str(error).removeprefix(f"{item.path}: ")
+        except MemoryError:
+            read.failure = "not enough memory to prepare it. Give a smaller version."
+        except Exception as error:
+            read.failure = _defect(error)
+        return read
 
 
 def _windows(
-    inputs: Sequence[Input], ids: Sequence[int], predictor: Predictor, max_pixels: int
-) -> Iterator[list[_Decoded]]:
-    count = 1 if predictor.device.type == "cpu" else _BATCHES_PER_WINDOW * predictor.batch_size
-    window: list[_Decoded] = []
-    pixels = 0
-    for decoded in _decode_ahead(inputs, ids, max_pixels, ahead=DECODERS):
-        window.append(decoded)
-        if decoded.picture is not None:
-            pixels += decoded.picture.width * decoded.picture.height
-        if len(window) >= count or pixels >= _WINDOW_PIXELS:
+    pool: Executor, reader: _Reader, numbered: Iterable[tuple[Input, int]], predictor: Predictor
+) -> Iterator[list[_Read]]:
+    is_cpu = predictor.device.type == "cpu"
+    threads = helper_threads(predictor.device.type)
+    count = 1 if is_cpu else _BATCHES_PER_WINDOW * predictor.batch_size
+    ahead = threads if is_cpu else max(threads, count)
+    window: list[_Read] = []
+    held = 0
+    for read in map_ahead(
+        pool, reader, numbered, ahead, weight=lambda finished: finished.nbytes, limit=_WINDOW_BYTES
+    ):
+        window.append(read)
+        held += read.nbytes
+        if len(window) >= count or held >= _WINDOW_BYTES:
             yield window
-            window, pixels = [], 0
+            window, held = [], 0
     if window:
         yield window
 
 
 def _predict_window(
-    window: Sequence[_Decoded], predictor: Predictor, threshold: float
-) -> list[tuple[ImageResult, Image.Image | None]]:
-    pictures = [decoded.picture for decoded in window if decoded.picture is not None]
+    window: Sequence[_Read], predictor: Predictor, threshold: float
+) -> Iterator[tuple[ImageResult, Image.Image | None]]:
+    ready = [read.prepared for read in window if read.prepared is not None]
     start = time.perf_counter()
-    found = iter(_predict(pictures, predictor))
-    seconds = (time.perf_counter() - start) / max(1, len(pictures))
-    results: list[tuple[ImageResult, Image.Image | None]] = []
-    for decoded in window:
-        if decoded.picture is None:
-            results.append((ImageResult(decoded.item, decoded.image_id, failure=decoded.failure), None))
+    found = iter(_predict(ready, predictor))
+    seconds = (time.perf_counter() - start) / max(1, len(ready))
+    for read in window:
+        if read.prepared is None:
+            yield ImageResult(read.item, read.image_id, failure=read.failure), None
             continue
         outcome = next(found)
         if isinstance(outcome, str):
-            failed = ImageResult(
-                decoded.item, decoded.image_id, decoded.picture.size, failure=outcome, seconds=seconds
-            )
-            results.append((failed, None))
+            yield ImageResult(read.item, read.image_id, read.size_wh, failure=outcome, seconds=seconds), None
         else:
-            results.append((_result(decoded, decoded.picture.size, outcome, threshold, seconds), decoded.picture))
-    return results
+            yield _result(read, outcome, threshold, seconds), read.picture
 
 
-def _predict(pictures: Sequence[Image.Image], predictor: Predictor) -> list[ImageDetections | str]:
+def _predict(ready: Sequence[Prepared], predictor: Predictor) -> list[ImageDetections | str]:
     """Detections of each picture, or why that one failed. Raises DeviceError when the device is lost."""
     try:
-        outcomes = predictor.predict_each(pictures)
+        outcomes = predictor.predict_prepared(ready)
     except DdetrError:
         raise
     except Exception as error:
         # A defect of ours that one odd picture brings out must not cost the user the other thousand.
-        if len(pictures) > 1:
-            return [outcome for picture in pictures for outcome in _predict([picture], predictor)]
-        _log.debug("prediction failed", exc_info=True)
-        return [f"internal error: {type(error).__name__}: {error} (a bug in ddetr). Please report it."]
+        if len(ready) > 1:
+            return [outcome for one in ready for outcome in _predict([one], predictor)]
+        return [_defect(error)]
     return [str(outcome) if isinstance(outcome, DeviceError) else outcome for outcome in outcomes]
 
 
-def _result(
-    decoded: _Decoded, size_wh: tuple[int, int], found: ImageDetections, threshold: float, seconds: float
-) -> ImageResult:
+def _defect(error: Exception) -> str:
+    _log.debug("an image failed", exc_info=error)
+    return f"internal error: {type(error).__name__}: {error} (a bug in ddetr). Please report it."
+
+
+def _result(read: _Read, found: ImageDetections, threshold: float, seconds: float) -> ImageResult:
     is_kept = found.scores >= threshold
     return ImageResult(
-        decoded.item,
-        decoded.image_id,
-        size_wh,
+        read.item,
+        read.image_id,
+        read.size_wh,
         [tuple(box) for box in found.boxes_xyxy_px[is_kept].tolist()],
         found.scores[is_kept].tolist(),
         found.labels[is_kept].tolist(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -22,6 +21,7 @@ from ddetr_cli.atomic import (
 from ddetr_cli.detect.drawing import draw_detections
 from ddetr_cli.detect.sources import PICTURES_FOLDER, RESULT_FILES, Input, check_names_are_distinct
 from ddetr_cli.errors import OutputError, UsageError
+from ddetr_cli.inference.results import coco_row
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -92,6 +92,8 @@ class CocoSink:
     empty results list: a run that found nothing has nothing to load.)
     """
 
+    render = None
+
     def __init__(self, output: Path, classes: ClassTable, info: dict[str, Any]) -> None:
         self._output = output
         self._classes = classes
@@ -101,7 +103,7 @@ class CocoSink:
         self._detections = AtomicFile(output / DETECTIONS_FILE)
         self._detections.write(b"[")
 
-    def add(self, result: ImageResult, picture: Image.Image | None) -> None:
+    def add(self, result: ImageResult, rendered: bytes | None) -> None:
         """Append the image's detections, one line each, and remember the image."""
         width, height = result.size_wh or (None, None)
         record = {"id": result.image_id, "file_name": result.input.name, "width": width, "height": height}
@@ -109,12 +111,7 @@ class CocoSink:
             record["failed"] = result.failure
         self._images.append(record)
         for box, score, label in zip(result.boxes_xyxy_px, result.scores, result.labels, strict=True):
-            line = {
-                "image_id": result.image_id,
-                "category_id": self._classes.category_ids[label],
-                "bbox": _xywh(box),
-                "score": _digits(score, 9),
-            }
+            line = coco_row(result.image_id, self._classes.category_ids[label], box, score)
             self._detections.write((b"\n" if self._is_first else b",\n") + _json(line))
             self._is_first = False
 
@@ -147,10 +144,8 @@ class PicturesSink:
         # Read before the run replaces it: whatever an earlier run drew and this one does not is stale.
         self._earlier = _earlier_pictures(output)
 
-    def add(self, result: ImageResult, picture: Image.Image | None) -> None:
-        """Draw and write one picture; a failed image has none."""
-        if picture is None:
-            return
+    def render(self, result: ImageResult, picture: Image.Image) -> bytes:
+        """The file of the picture with its boxes."""
         name = picture_name(result.input.name)
         drawn = draw_detections(
             picture,
@@ -165,7 +160,14 @@ class PicturesSink:
             drawn.save(buffer, "PNG", compress_level=4)
         else:
             drawn.save(buffer, "JPEG", quality=92, subsampling=0)  # thin coloured lines smear when chroma is halved
-        write_atomically(self._folder / name, buffer.getvalue(), durable=False)
+        return buffer.getvalue()
+
+    def add(self, result: ImageResult, rendered: bytes | None) -> None:
+        """Write one picture; a failed image has none."""
+        if rendered is None:
+            return
+        name = picture_name(result.input.name)
+        write_atomically(self._folder / name, rendered, durable=False)
         self._written.add(name)
 
     def finish(self) -> None:
@@ -191,17 +193,6 @@ def _earlier_pictures(output: Path) -> set[str]:
         return set()
     # The file may have been edited: nothing outside the folder is ever touched.
     return {name for name in names if not name.startswith("/") and ".." not in PurePosixPath(name).parts}
-
-
-def _xywh(box_xyxy: tuple[float, float, float, float]) -> list[float]:
-    """COCO's corner and size in pixels, to 1/10000 px: an upright pixel coordinate in float32 holds no more."""
-    x0, y0, x1, y1 = box_xyxy
-    return [round(value, 4) for value in (x0, y0, x1 - x0, y1 - y0)]
-
-
-def _digits(value: float, significant: int) -> float:
-    """``value`` to so many significant digits; nine tell any two float32 apart."""
-    return float(f"{value:.{significant}g}") if math.isfinite(value) else value
 
 
 def _rows(value: object) -> bytes:
