@@ -103,6 +103,12 @@ def test_a_picture_that_cannot_be_read_ends_many_in_its_place(detector: Detector
         next(results)
 
 
+@pytest.mark.parametrize("one", ["street.jpg", b"street.jpg", Path("street.jpg")])
+def test_many_of_a_single_picture_is_refused_at_once(detector: Detector, one: object) -> None:
+    with pytest.raises(UsageError, match=r"^detect_many\('street.jpg'\): one picture. Give a list, or call detect.$"):
+        detector.detect_many(one)  # type: ignore[arg-type]
+
+
 def test_several_threads_may_share_a_detector(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     inside = threading.Semaphore(1)
     predict_prepared = Predictor.predict_prepared

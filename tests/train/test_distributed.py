@@ -149,7 +149,7 @@ def score_again(run: Path, data: Path) -> dict[str, Any]:
 
 EXACT_TRUNK = """
 from ddetr_cli.model.backbone import BACKBONES, BackboneSpec, BasicBlock, FrozenBatchNorm2d
-BACKBONES["resnet-tiny"] = BackboneSpec(BasicBlock, 8, 3, (8, 8, 16, 16), (1, 1, 1, 1), FrozenBatchNorm2d, ())
+BACKBONES["resnet-tiny"] = BackboneSpec(BasicBlock, 16, 3, (16, 16, 16, 16), (1, 1, 1, 1), FrozenBatchNorm2d, ())
 """
 
 

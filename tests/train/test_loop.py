@@ -127,7 +127,7 @@ def test_every_trained_parameter_has_a_gradient_even_where_nothing_is_to_be_foun
 def _frozen_trunk(preset: str, monkeypatch: pytest.MonkeyPatch) -> DetectionModel:
     """A small model of the form of ``preset``; what it says of a picture does not depend on the others."""
     tiny = BACKBONES["resnet-tiny"]
-    spec = replace(tiny, widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), stem_channels=8, norm=FrozenBatchNorm2d)
+    spec = replace(tiny, widths=(16, 16, 16, 16), depths=(1, 1, 1, 1), stem_channels=16, norm=FrozenBatchNorm2d)
     monkeypatch.setitem(BACKBONES, "resnet-tiny", spec)
     torch.manual_seed(0)
     return build_detector(

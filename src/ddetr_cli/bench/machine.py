@@ -14,6 +14,7 @@ import torch
 
 import ddetr_cli
 from ddetr_cli.bench.allocator import allocator_settings
+from ddetr_cli.inference.threads import available_cores
 
 # What may be compared with, and what others' models and exports need.
 _PEERS = ("transformers", "timm", "onnx", "onnxscript", "onnxruntime", "openvino")
@@ -89,10 +90,3 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         if key.strip() == "model name" and value.strip():
             return value.strip()
     return platform.processor() or platform.machine()
-
-
-def available_cores() -> int:
-    """Cores this process may use, which taskset and containers can make fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

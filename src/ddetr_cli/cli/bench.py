@@ -153,7 +153,9 @@ def bench(
             start_again(environment)
 
     from ddetr_cli.bench.run import run_bench
+    from ddetr_cli.inference.threads import use_available_cores
 
+    use_available_cores()
     with _Talk() as talk:
         report = run_bench(options, listener=talk, finishing=_DetectFinisher, run_folder=run_folder)
     console.write_result(_text(report), sole_output=json_file is None)

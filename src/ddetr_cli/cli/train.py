@@ -285,8 +285,10 @@ def train(
     elif override:
         raise UsageError("--override: of use with --resume only. Add it, or leave this out.")
 
+    from ddetr_cli.inference.threads import use_available_cores
     from ddetr_cli.train.run import run_training
 
+    use_available_cores()
     quiet = quiet or os.environ.get("RANK", "0") != "0"  # of the processes of torchrun one talks
     # torchrun passes on a signal that all its processes may have got already: that is no second one.
     stop = console.StopSignals(STOP_SIGNALS, grace=5.0 if "RANK" in os.environ else 0.0)

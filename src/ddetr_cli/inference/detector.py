@@ -84,8 +84,14 @@ class Detector:
         """``detect`` of each of ``images``, in order; the next ones are read while the model works.
 
         On a GPU images of equal size are computed together, ``batch_size`` of them. The first that cannot be read
-        ends it with its error: call ``detect`` on each in turn to pass over bad ones.
+        ends it with its error: call ``detect`` on each in turn to pass over bad ones. Raises UsageError for a single
+        picture.
         """
+        if isinstance(images, str | bytes | os.PathLike):
+            raise UsageError(f"detect_many({os.fsdecode(images)!r}): one picture. Give a list, or call detect.")
+        return self._detect_many(images)
+
+    def _detect_many(self, images: Iterable[ImageLike]) -> Iterator[Detections]:
         threads = helper_threads(self._predictor.device.type)
         size = self._predictor.batch_size
         with ThreadPoolExecutor(threads, thread_name_prefix="ddetr") as pool:

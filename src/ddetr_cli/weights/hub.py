@@ -62,7 +62,7 @@ def find_model(spec: str, announce: Announce | None = None) -> Found:
     Raises UsageError for a URL or nothing at all, CheckpointError where there is no such model.
     """
     if not spec.strip():
-        raise UsageError("--model: empty. Give a file, a run folder, a preset or a hub id.")
+        raise UsageError("model: empty. Give a file, a run folder, a preset or a hub id.")
     if _URL.match(spec):
         raise UsageError(f"{spec}: a URL (models are not fetched from addresses). Give a file or a hub id.")
     path = Path(spec).expanduser()
