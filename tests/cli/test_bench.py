@@ -82,6 +82,10 @@ def test_a_folder_is_left_as_it_was(photos: Path, capsys: pytest.CaptureFixture[
         ["--models", ","],
         ["--allocator", "fast"],
         ["--op", "--val2017", "coco"],
+        ["--plot", "a.png"],
+        ["--card", "--scaling", "--plot", "a.png"],
+        ["--card", "--plot", "a.txt"],
+        ["--compare", "absent.json", "absent.json"],
     ],
 )
 def test_a_bad_value_exits_2_before_anything_is_measured(
@@ -92,6 +96,38 @@ def test_a_bad_value_exits_2_before_anything_is_measured(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "ddetr: error:" in captured.err
+
+
+def test_two_reports_are_compared_without_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bench.json"
+    assert main([*SMALL, "--json", str(path)]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("ddetr_cli.bench.run.run_bench", lambda *_, **__: pytest.fail("measured"))
+    assert main(["bench", "--compare", str(path), str(path)]) == 0
+    assert "1.00x" in capsys.readouterr().out
+
+
+def test_the_card_scores_checkpoints_on_the_data_set_it_is_given(
+    model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder as COCO's: pictures in val2017/, a file of annotations beside."""
+    monkeypatch.setattr("ddetr_cli.bench.card.peak_process_memory", lambda *_: None)
+    photos.rename(tmp_path / "val2017")
+    (tmp_path / "annotations").mkdir()
+    document = {
+        "images": [{"id": 5, "file_name": "a.jpg", "width": 64, "height": 48}],
+        "annotations": [{"id": 1, "image_id": 5, "category_id": 1, "bbox": [4, 4, 9, 9], "area": 81, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(document))
+    path = tmp_path / "bench.json"
+    arguments = ["bench", "--card", "--models", f"tiny,{model}", "--val2017", str(tmp_path), "--image-size", "64"]
+    assert main([*arguments, "--rounds", "1", "--warmup", "1", "--device", "cpu", "--json", str(path)]) == 0
+    random, trained = json.loads(path.read_text())["measurements"][0]["result"]
+    assert random["metrics"] is None
+    assert 0 <= trained["metrics"]["AP"] <= 1
 
 
 def test_a_folder_without_pictures_exits_4_before_any_model_is_built(

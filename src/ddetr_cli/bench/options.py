@@ -20,6 +20,15 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 # What can be measured, in the order it is shown.
 LATENCY, SIZES, OP, STAGES, FOLDER, RIVALS = "latency", "sizes", "op", "stages", "folder", "rivals"
+CARD, SCALING = "card", "scaling"
+
+# What these two measure unless told otherwise: the systems of the model card in its order, and Deformable DETR with
+# two whose attention looks from everywhere to everywhere.
+CARD_MODELS = (
+    "fasterrcnn-r50-fpn", "detr-r50", "detr-r50-dc5", "r50-single-scale", "r50-single-scale-dc5", "r50", "r50-refine",
+    "r50-two-stage",
+)  # fmt: skip
+SCALING_MODELS = ("r50", "detr-r50", "detr-r50-dc5")
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class BenchOptions:
     """What to measure, and how.
 
     ``models``: presets (random weights), ``demo``, files or hub ids; ``size_hw`` in pixels; ``measurements``: some of
-    the six names above; ``val2017``: the data set over whose first pictures FLOPs are averaged.
+    the names above; ``val2017``: the data set over whose first pictures FLOPs are averaged.
     """
 
     models: tuple[str, ...]

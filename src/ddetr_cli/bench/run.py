@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
+from ddetr_cli.bench.card import Scoring, measure_card
 from ddetr_cli.bench.flops import FLOPS_CONVENTION
 from ddetr_cli.bench.folder import FolderRun, measure_folder
 from ddetr_cli.bench.latency import LATENCY_CONVENTION, measure_latency
 from ddetr_cli.bench.machine import describe_machine, describe_versions
 from ddetr_cli.bench.op import measure_op
-from ddetr_cli.bench.options import FOLDER, LATENCY, OP, RIVALS, SIZES, STAGES, BenchOptions
+from ddetr_cli.bench.options import CARD, FOLDER, LATENCY, OP, RIVALS, SCALING, SIZES, STAGES, BenchOptions
 from ddetr_cli.bench.rivals import measure_rivals
+from ddetr_cli.bench.scaling import measure_scaling
 from ddetr_cli.bench.sizes import measure_sizes
 from ddetr_cli.bench.stages import Finishing, measure_stages
 from ddetr_cli.bench.subjects import open_model
@@ -71,17 +73,19 @@ def run_bench(
     listener: Listener | None = None,
     finishing: Finishing | None = None,
     run_folder: FolderRun | None = None,
+    score: Scoring | None = None,
 ) -> BenchReport:
     """Take the measurements of ``options`` on this machine.
 
-    ``finishing``, how ``detect`` draws and writes, is needed for stages; ``run_folder``, how it runs, for a folder.
+    ``finishing``, how ``detect`` draws and writes, is needed for stages; ``run_folder``, how it runs, for a folder;
+    with ``score``, how ``eval`` scores, the card has measured APs.
     Raises CheckpointError for a model that cannot be found or read, DeviceError for a device that is absent or whose
     memory is too small, UsageError and DatasetError for options that do not fit the models or the data.
     """
     listener = Silence() if listener is None else listener
     device = resolve_device(options.device, on_notice=listener.notice)
     machine = describe_machine(device)  # its load is that of the others, before ours
-    needs_models = not {SIZES, LATENCY, STAGES, FOLDER}.isdisjoint(options.measurements)
+    needs_models = not {SIZES, LATENCY, STAGES, FOLDER, CARD, SCALING}.isdisjoint(options.measurements)
     models = [open_model(name, listener) for name in options.models] if needs_models else []
     sections: list[Section] = []
     try:
@@ -98,6 +102,10 @@ def run_bench(
             elif measurement == FOLDER:
                 assert run_folder is not None
                 sections.append(measure_folder(options, models, device, run_folder, listener))
+            elif measurement == CARD:
+                sections.append(measure_card(options, models, device, listener, score))
+            elif measurement == SCALING:
+                sections.append(measure_scaling(options, models, device, listener))
             elif measurement == RIVALS:
                 sections += measure_rivals(options, listener)
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -47,15 +47,19 @@ class BenchModel:
 def open_model(name: str, listener: Listener) -> BenchModel:
     """The model called ``name``; a preset never looks for its weights. Raises CheckpointError."""
     if name in PRESETS:
-        config = get_preset(name)
-        torch.manual_seed(0)
-        model = build_detector(config).eval()
-        spread_points(model, config.hidden_dim)
-        return BenchModel(name, RANDOM_WEIGHTS, model, config, COCO_TABLE)
+        return random_model(name, get_preset(name))
     loaded = load_model(name, announce=listener.notice)
     for note in loaded.report.notes:
         listener.notice(note)
     return BenchModel(name, str(loaded.source), loaded.model, loaded.config, loaded.classes)
+
+
+def random_model(name: str, config: ModelConfig) -> BenchModel:
+    """A model of ``config`` with random weights, always the same."""
+    torch.manual_seed(0)
+    model = build_detector(config).eval()
+    spread_points(model, config.hidden_dim)
+    return BenchModel(name, RANDOM_WEIGHTS, model, config, COCO_TABLE)
 
 
 @torch.no_grad()

@@ -37,6 +37,11 @@ class Samples:
         return quantile(self.values, 0.9)
 
     @property
+    def p99(self) -> float:
+        """Ninety-nine of a hundred are at most this; of few samples, nearly the largest."""
+        return quantile(self.values, 0.99)
+
+    @property
     def smallest(self) -> float:
         """Of times, the one least disturbed."""
         return min(self.values)
@@ -73,6 +78,7 @@ class Samples:
             "q1": low,
             "q3": high,
             "p90": self.p90,
+            "p99": self.p99,
             "min": self.smallest,
             "samples": list(self.values),
         }

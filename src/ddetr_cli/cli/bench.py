@@ -9,19 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 import typer
 
 from ddetr_cli.cli import console
+from ddetr_cli.cli.timed import DetectFinisher, DetectFolder, EvalScores
 from ddetr_cli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from PIL.Image import Image
-
     from ddetr_cli.bench.run import BenchReport
     from ddetr_cli.bench.tables import Table
-    from ddetr_cli.classes import ClassTable
-    from ddetr_cli.detect.run import ImageResult, Sink
-    from ddetr_cli.detect.sources import Input
-    from ddetr_cli.inference.predictor import ImageDetections, Predictor
 
 
 def bench(
@@ -31,7 +24,7 @@ def bench(
             "--models",
             "-m",
             metavar="MODELS",
-            show_default="r50",
+            show_default="r50, or as --card and --scaling say",
             help="Presets (random weights, nothing is downloaded), demo, checkpoints or hub ids, with commas between "
             "or the option repeated.",
         ),
@@ -67,6 +60,36 @@ def bench(
             "(pip install 'ddetr-cli[rivals]').",
         ),
     ] = False,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card",
+            help="Measure the model card's table, all eight systems unless --models names others: what is published "
+            "of them beside what this machine does. With --val2017, also AP of those that are checkpoints.",
+        ),
+    ] = False,
+    scaling: Annotated[
+        bool,
+        typer.Option(
+            "--scaling",
+            help="Measure how the time grows with the picture's area, the queries and the levels; of r50, detr-r50 "
+            "and detr-r50-dc5 unless --models names others.",
+        ),
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--compare", metavar="A B", help="Measure nothing: show two files of --json side by side, B against A."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Also draw --card or --scaling to this picture (.png, .svg; needs pip install 'ddetr-cli[plots]').",
+        ),
+    ] = None,
     val2017: Annotated[
         Path | None,
         typer.Option(
@@ -123,13 +146,20 @@ def bench(
 
     A ratio to another program depends on the allocator: run once with --allocator default and once with tuned.
     """
+    if compare is not None:
+        _compare(compare, json_file)
+        return
     from ddetr_cli.bench import options as what
     from ddetr_cli.inference.device import check_device_name
 
     chosen = {what.SIZES: sizes, what.OP: op, what.STAGES: stages, what.FOLDER: folder is not None,
-              what.RIVALS: rivals}  # fmt: skip
+              what.CARD: card, what.SCALING: scaling, what.RIVALS: rivals}  # fmt: skip
+    if plot is not None:
+        _check_plot(plot, [name for name in (what.CARD, what.SCALING) if chosen[name]])
+    if models is None:
+        models = list(what.CARD_MODELS if card else what.SCALING_MODELS if scaling else ["r50"])
     options = what.BenchOptions(
-        models=what.split_names(models if models is not None else ["r50"], "--models", "r50,tiny"),
+        models=what.split_names(models, "--models", "r50,tiny"),
         size_hw=what.parse_size(image_size),
         batch_size=batch_size,
         precisions=what.parse_precisions(precision),
@@ -139,12 +169,14 @@ def bench(
         measurements=tuple(name for name, is_chosen in chosen.items() if is_chosen) or (what.SIZES, what.LATENCY),
         val2017=val2017,
     )
-    if val2017 is not None and what.SIZES not in options.measurements:
-        raise UsageError("--val2017: only FLOPs are averaged over it. Add --sizes.")
+    if val2017 is not None and {what.SIZES, what.CARD}.isdisjoint(options.measurements):
+        raise UsageError("--val2017: FLOPs are averaged over it, and the card scores on it. Add --sizes or --card.")
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         # Known now; minutes of measuring later it would be a pity.
         raise OutputError(f"{json_file}: cannot be written (no such folder, or it is one). Choose another file.")
-    run_folder = None if folder is None else _DetectFolder(folder)
+    run_folder = None if folder is None else DetectFolder(folder)
+    # An annotation file alone has no pictures to score on.
+    score = EvalScores(val2017) if card and val2017 is not None and val2017.is_dir() else None
     if allocator is not None:
         from ddetr_cli.bench.allocator import environment_for, start_again
 
@@ -157,12 +189,41 @@ def bench(
 
     use_available_cores()
     with _Talk() as talk:
-        report = run_bench(options, listener=talk, finishing=_DetectFinisher, run_folder=run_folder)
+        report = run_bench(options, listener=talk, finishing=DetectFinisher, run_folder=run_folder, score=score)
     console.write_result(_text(report), sole_output=json_file is None)
     if json_file is not None:
         from ddetr_cli.atomic import write_json
 
         write_json(json_file, report.to_json())
+    if plot is not None:
+        from ddetr_cli.bench.plots import plot_sections
+
+        plot_sections(report.sections, plot)
+        console.say(f"drawn: {plot}")
+
+
+def _check_plot(plot: Path, drawn: list[str]) -> None:
+    """Raise UsageError or OutputError for what could not be drawn in the end."""
+    if len(drawn) != 1:
+        raise UsageError("--plot: draws one measurement. Add either --card or --scaling.")
+    if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot {plot}: not a kind of picture that can be drawn. Name it .png, .svg or .pdf.")
+    if plot.is_dir() or not plot.absolute().parent.is_dir():
+        raise OutputError(f"{plot}: cannot be written (no such folder, or it is one). Choose another file.")
+    from ddetr_cli.bench.plots import check_plots
+
+    check_plots()
+
+
+def _compare(reports: tuple[Path, Path], json_file: Path | None) -> None:
+    from ddetr_cli.bench.comparison import compare_reports
+
+    comparison = compare_reports(*reports)
+    console.write_result(_table_text(comparison.table()), sole_output=json_file is None)
+    if json_file is not None:
+        from ddetr_cli.atomic import write_json
+
+        write_json(json_file, comparison.to_json())
 
 
 class _Talk:
@@ -188,74 +249,6 @@ class _Talk:
 
     def notice(self, text: str) -> None:
         (console.say if self._progress is None else self._progress.say)(text)
-
-
-class _DetectFinisher:
-    """``detect``'s own way of finishing a picture, for the breakdown into stages."""
-
-    def __init__(self, classes: ClassTable, folder: Path) -> None:
-        from ddetr_cli.detect.sinks import CocoSink, PicturesSink
-
-        self._classes = classes
-        self._sinks: list[Sink] = [CocoSink(folder, classes, {}), PicturesSink(folder, classes)]
-        self._input = _input(folder / "photo.jpg")
-
-    def draw(self, picture: Image, found: ImageDetections) -> tuple[ImageResult, list[bytes | None]]:
-        result = self._result(picture, found)
-        return result, [sink.render and sink.render(result, picture) for sink in self._sinks]
-
-    def write(self, drawn: tuple[ImageResult, list[bytes | None]]) -> None:
-        result, files = drawn
-        for sink, file in zip(self._sinks, files, strict=True):
-            sink.add(result, file)
-
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.abandon()
-
-    def _result(self, picture: Image, found: ImageDetections) -> ImageResult:
-        from ddetr_cli.detect.run import ImageResult
-
-        boxes = [tuple(box) for box in found.boxes_xyxy_px.tolist()]
-        return ImageResult(self._input, 1, picture.size, boxes, found.scores.tolist(), found.labels.tolist())
-
-
-def _input(path: Path) -> Input:
-    from ddetr_cli.detect.sources import Input
-
-    return Input(path, path.name)
-
-
-class _DetectFolder:
-    """``ddetr detect`` over a folder, into a folder that is thrown away. Raises NothingUsableError, UsageError."""
-
-    def __init__(self, folder: Path) -> None:
-        from ddetr_cli.detect.sources import find_inputs
-
-        self.folder = folder
-        self._inputs = find_inputs([str(folder)]).images
-
-    @property
-    def pictures(self) -> Sequence[Path]:
-        return [item.path for item in self._inputs]
-
-    def __call__(self, predictor: Predictor, on_picture: Callable[[], None]) -> None:
-        from tempfile import TemporaryDirectory
-
-        from ddetr_cli.data.formats import MAX_PIXELS
-        from ddetr_cli.detect.run import detect_images
-        from ddetr_cli.detect.sinks import CocoSink, PicturesSink
-
-        with TemporaryDirectory(prefix="ddetr-bench-") as name:
-            output = Path(name)
-            detect_images(
-                self._inputs,
-                predictor,
-                [CocoSink(output, predictor.classes, {}), PicturesSink(output, predictor.classes)],
-                threshold=0.5,
-                max_pixels=MAX_PIXELS,
-                on_result=lambda _: on_picture(),
-            )
 
 
 def _text(report: BenchReport) -> str:

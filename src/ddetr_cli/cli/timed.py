@@ -1,0 +1,115 @@
+"""What ``bench`` measures of the other commands, as they do it: how detect finishes pictures, how eval scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddetr_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+    from PIL.Image import Image
+
+    from ddetr_cli.bench.subjects import BenchModel
+    from ddetr_cli.classes import ClassTable
+    from ddetr_cli.detect.run import ImageResult, Sink
+    from ddetr_cli.detect.sources import Input
+    from ddetr_cli.inference.predictor import ImageDetections, Predictor
+
+
+class DetectFinisher:
+    """``detect``'s own way of finishing a picture, for the breakdown into stages."""
+
+    def __init__(self, classes: ClassTable, folder: Path) -> None:
+        from ddetr_cli.detect.sinks import CocoSink, PicturesSink
+
+        self._classes = classes
+        self._sinks: list[Sink] = [CocoSink(folder, classes, {}), PicturesSink(folder, classes)]
+        self._input = _input(folder / "photo.jpg")
+
+    def draw(self, picture: Image, found: ImageDetections) -> tuple[ImageResult, list[bytes | None]]:
+        result = self._result(picture, found)
+        return result, [sink.render and sink.render(result, picture) for sink in self._sinks]
+
+    def write(self, drawn: tuple[ImageResult, list[bytes | None]]) -> None:
+        result, files = drawn
+        for sink, file in zip(self._sinks, files, strict=True):
+            sink.add(result, file)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.abandon()
+
+    def _result(self, picture: Image, found: ImageDetections) -> ImageResult:
+        from ddetr_cli.detect.run import ImageResult
+
+        boxes = [tuple(box) for box in found.boxes_xyxy_px.tolist()]
+        return ImageResult(self._input, 1, picture.size, boxes, found.scores.tolist(), found.labels.tolist())
+
+
+def _input(path: Path) -> Input:
+    from ddetr_cli.detect.sources import Input
+
+    return Input(path, path.name)
+
+
+class DetectFolder:
+    """``ddetr detect`` over a folder, into a folder that is thrown away. Raises NothingUsableError, UsageError."""
+
+    def __init__(self, folder: Path) -> None:
+        from ddetr_cli.detect.sources import find_inputs
+
+        self.folder = folder
+        self._inputs = find_inputs([str(folder)]).images
+
+    @property
+    def pictures(self) -> Sequence[Path]:
+        return [item.path for item in self._inputs]
+
+    def __call__(self, predictor: Predictor, on_picture: Callable[[], None]) -> None:
+        from tempfile import TemporaryDirectory
+
+        from ddetr_cli.data.formats import MAX_PIXELS
+        from ddetr_cli.detect.run import detect_images
+        from ddetr_cli.detect.sinks import CocoSink, PicturesSink
+
+        with TemporaryDirectory(prefix="ddetr-bench-") as name:
+            output = Path(name)
+            detect_images(
+                self._inputs,
+                predictor,
+                [CocoSink(output, predictor.classes, {}), PicturesSink(output, predictor.classes)],
+                threshold=0.5,
+                max_pixels=MAX_PIXELS,
+                on_result=lambda _: on_picture(),
+            )
+
+
+class EvalScores:
+    """``ddetr eval`` of models on a data set in COCO format. Raises UsageError for one without pictures."""
+
+    def __init__(self, data: Path) -> None:
+        from ddetr_cli.data.coco import locate_dataset, read_split
+
+        paths = locate_dataset(data, purpose="eval")
+        if paths.images is None:
+            raise UsageError(
+                f"--val2017 {data}: its folder of images was not found. Give the folder that holds both."
+            )
+        self._images = paths.images
+        self._ground_truth = read_split(paths)
+
+    def __call__(self, model: BenchModel, precision: str, device: torch.device) -> Mapping[str, float | None]:
+        from ddetr_cli.evaluate.mapping import map_classes
+        from ddetr_cli.evaluate.metrics import evaluate_detections
+        from ddetr_cli.evaluate.run import predict_images
+        from ddetr_cli.inference.predictor import Predictor
+
+        mapping = map_classes(model.classes, self._ground_truth.categories)
+        predictor = Predictor(model, device=device, precision=precision)
+        results = predict_images(predictor, self._ground_truth, self._images, mapping, map_missing="drop")
+        detections = [detection for result in results for detection in result.detections]
+        return evaluate_detections(self._ground_truth, detections).overall
