@@ -10,35 +10,20 @@ RUN/.lock             held while a training writes here
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ddetr_cli.atomic import output_error, remove_leftovers, write_atomically
 from ddetr_cli.errors import OutputError
+from ddetr_cli.lock import LOCK_FILE, folder_lock
 from ddetr_cli.train.options import CONFIG
 
 BEST, LAST, METRICS, DIVERGED = "best.safetensors", "last.safetensors", "metrics.jsonl", "diverged.safetensors"
 CHECKPOINTS = "checkpoints"
-_LOCK = ".lock"
-
-# A reading process forked from a training must not hold its lock on after it was killed.
-_held: set[IO[str]] = set()
-
-
-def _let_go() -> None:
-    for lock in _held:
-        with suppress(OSError):
-            lock.close()
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
 
 
 @dataclass
@@ -96,35 +81,15 @@ def open_run(run: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     Raises OutputError where it cannot be written, is in use, or holds something and is neither to be resumed nor
     overwritten. Nothing in it is deleted before ``clear_run``: a mistyped option must not cost an old run.
     """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        is_empty = all(path.name == _LOCK for path in run.iterdir())
+    with folder_lock(run, "training"):
+        is_empty = all(path.name == LOCK_FILE for path in run.iterdir())
         if not (is_empty or resume or overwrite):
             raise OutputError(
                 f"{run}: is not empty. Go on with --resume {run}, start anew with --overwrite, or choose another."
             )
-        lock = open(run / _LOCK, "a+")  # noqa: SIM115 held for the whole run
-    except OSError as error:
-        raise OutputError(f"{run}: cannot be written ({error.strerror}). Choose another --output.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            raise OutputError(
-                f"{run}: locked by pid {lock.read().strip() or 'unknown'}, another training that is writing here. "
-                "Wait for it, or choose another --output."
-            ) from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        _held.add(lock)
-        try:
-            if not is_empty:
-                remove_leftovers(run)
-            yield
-        finally:
-            _held.discard(lock)
+        if not is_empty:
+            remove_leftovers(run)
+        yield
 
 
 def clear_run(run: Path) -> None:
