@@ -10,7 +10,8 @@ import pytest
 from ddetr_cli.data.annotations import read_annotations
 from ddetr_cli.data.records import CocoAnnotations, CocoCategory
 from ddetr_cli.evaluate.metrics import METRICS, evaluate_detections
-from ddetr_cli.evaluate.predictions import Detection, read_predictions
+from ddetr_cli.evaluate.predictions import read_predictions
+from ddetr_cli.evaluate.table import Detection
 
 Truth = Callable[..., CocoAnnotations]
 
@@ -33,13 +34,20 @@ def test_the_twelve_numbers_of_published_results_are_reproduced(data_dir: Path, 
     golden = json.loads((data_dir / "eval_golden/golden.json").read_text())["metrics"][name]
     truth = read_annotations(data_dir / GOLDEN[name])
     results = data_dir / "eval_golden" / f"{name.replace('/', '_')}_results.json"
-    overall = evaluate_detections(truth, read_predictions(results, truth)).overall
+    overall = evaluate_detections(truth, read_predictions([results], truth)).overall
     assert tuple(overall) == METRICS
     for metric, value in overall.items():
         if golden[metric] == -1:
             assert value is None
         else:
             assert value == pytest.approx(golden[metric], abs=1e-6)  # the golden numbers have six digits
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_published_results_score_the_same_to_the_last_bit_with_pycocotools(data_dir: Path, name: str) -> None:
+    truth = read_annotations(data_dir / GOLDEN[name])
+    found = read_predictions([data_dir / "eval_golden" / f"{name.replace('/', '_')}_results.json"], truth)
+    assert evaluate_detections(truth, found) == evaluate_detections(truth, found, evaluator="pycocotools")
 
 
 def test_perfect_detections_score_1_and_sizes_that_do_not_occur_score_nothing(truth: Truth) -> None:
@@ -97,7 +105,7 @@ def test_classes_are_scored_apart_and_their_mean_is_the_whole(truth: Truth) -> N
 
 def test_a_class_scores_the_same_alone_as_among_others(data_dir: Path) -> None:
     truth = read_annotations(data_dir / "bccd/annotations/test.json")
-    detections = read_predictions(data_dir / "eval_golden/bccd_test_results.json", truth)
+    detections = read_predictions([data_dir / "eval_golden/bccd_test_results.json"], truth)
     together = evaluate_detections(truth, detections).per_class
     for category in truth.categories:
         alone = CocoAnnotations(
@@ -200,5 +208,5 @@ def test_perfect_detections_score_1_on_files_that_needed_repair(
     (tmp_path / "truth.json").write_text(json.dumps(document))
     (tmp_path / "results.json").write_text(json.dumps(perfect))
     truth = read_annotations(tmp_path / "truth.json")
-    found = evaluate_detections(truth, read_predictions(tmp_path / "results.json", truth))
+    found = evaluate_detections(truth, read_predictions([tmp_path / "results.json"], truth))
     assert found.overall["AP"] == pytest.approx(1.0)

@@ -13,8 +13,8 @@ from ddetr_cli.classes import ClassTable
 from ddetr_cli.data.records import CocoAnnotations, CocoCategory
 from ddetr_cli.errors import DatasetError, DeviceError
 from ddetr_cli.evaluate.mapping import map_classes
-from ddetr_cli.evaluate.predictions import Detection
 from ddetr_cli.evaluate.run import predict_images
+from ddetr_cli.evaluate.table import Detection
 from ddetr_cli.inference.preparation import Prepared
 
 Truth = Callable[..., CocoAnnotations]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ddetr_cli.data.coco import CocoAnnotations
     from ddetr_cli.evaluate.metrics import CocoMetrics
-    from ddetr_cli.evaluate.predictions import Detection
+    from ddetr_cli.evaluate.table import DetectionTable
 
 
 def evaluate(
@@ -45,8 +45,12 @@ def evaluate(
         typer.Option("--model", "-m", metavar="MODEL", show_default=DEFAULT_MODEL, help=MODEL_HELP),
     ] = None,
     predictions: Annotated[
-        Path | None,
-        typer.Option("--predictions", metavar="FILE", help="Score this COCO results file, not a model."),
+        list[Path] | None,
+        typer.Option(
+            "--predictions",
+            metavar="FILE",
+            help="Score this COCO results file, not a model. Give it again for each part of one result.",
+        ),
     ] = None,
     split: Annotated[
         str | None,
@@ -72,6 +76,10 @@ def evaluate(
             help="Folder for detections.json and metrics.json; refused if it exists.",
         ),
     ] = None,
+    evaluator: Annotated[
+        Literal["fast", "pycocotools"],
+        typer.Option("--evaluator", help="Who computes the numbers; both give the same, to the last bit."),
+    ] = "fast",
     per_class: Annotated[bool, typer.Option("--per-class", help="Also show the numbers of every category.")] = False,
     image_size: ImageSize = None,
     precision: Precision = "fp32",
@@ -96,12 +104,16 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into an existing --output.")] = False,
 ) -> None:
     """Score a model, or a results file, on a data set in COCO format: AP and AR as pycocotools computes them."""
-    if predictions is not None and model is not None:
+    predictions = predictions or []
+    if predictions and model is not None:
         raise UsageError(
             "--predictions and --model: contradict each other (a results file needs no model). Give one."
         )
-    if predictions is not None and not predictions.exists():
-        raise UsageError(f"{predictions}: no such results file. Check the path of --predictions.")
+    for file in predictions:
+        if not file.exists():
+            raise UsageError(f"{file}: no such results file. Check the path of --predictions.")
+    if len(set(predictions)) < len(predictions):
+        raise UsageError("--predictions: one file is given twice. Give each part once.")
     model = DEFAULT_MODEL if model is None else model
     check_model_options(model, device=device, preset=preset)
 
@@ -120,14 +132,13 @@ def evaluate(
     is_limited = limit is not None and limit < total
     console.say(f"data: {paths.annotations} ({f'the first {limit} of {total}' if is_limited else total} images)")
     complete = True
-    if predictions is not None:
+    if predictions:
         detections = read_predictions(predictions, ground_truth)
-        if not detections:
-            console.say_warning(f"{predictions}: no detections (an empty list). The score is 0.")
+        if not len(detections):
+            console.say_warning(f"{predictions[0]}: no detections (an empty list). The score is 0.")
         if is_limited:
             ground_truth = ground_truth.subset(ground_truth.images[:limit])
-            kept = {image.id for image in ground_truth.images}
-            detections = [detection for detection in detections if detection.image_id in kept]
+            detections = detections.of(ground_truth)
     else:
         if paths.images is None:
             raise UsageError(f"{paths.annotations}: its folder of images was not found. Give --images DIR.")
@@ -145,7 +156,7 @@ def evaluate(
             device=device,
             map_missing=map_missing,
         )
-    metrics = evaluate_detections(ground_truth, detections)
+    metrics = evaluate_detections(ground_truth, detections, evaluator=evaluator)
     if output is not None:
         _write(output, metrics, detections, per_class=per_class)
         console.say(f"written: {output / 'metrics.json'}, {output / 'detections.json'}")
@@ -166,11 +177,12 @@ def _detections_of_model(
     batch_size: int,
     device: str,
     map_missing: Literal["error", "drop"],
-) -> tuple[list[Detection], bool]:
+) -> tuple[DetectionTable, bool]:
     """The model's detections, and whether all of them were finite numbers."""
     from ddetr_cli.data.coco import check_images
     from ddetr_cli.evaluate.mapping import map_classes
     from ddetr_cli.evaluate.run import predict_images
+    from ddetr_cli.evaluate.table import TableBuilder
 
     check_images(ground_truth, images)
     loaded, predictor = open_predictor(
@@ -185,13 +197,13 @@ def _detections_of_model(
     mapping = map_classes(loaded.classes, ground_truth.categories)
     for line in mapping.describe():
         console.say(line)
-    detections: list[Detection] = []
+    detections = TableBuilder(ground_truth)
     unmapped = non_finite = 0
     with console.Progress(len(ground_truth.images), unit="images", description="eval") as progress:
         for result in predict_images(
             predictor, ground_truth, images, mapping, batch_size=batch_size, map_missing=map_missing
         ):
-            detections += result.detections
+            detections.extend(result.detections)
             unmapped += result.unmapped
             non_finite += result.non_finite
             progress.advance()
@@ -199,18 +211,14 @@ def _detections_of_model(
         console.say(f"{unmapped} detections of classes without a counterpart left out (--map-missing drop)")
     if non_finite:
         console.say_warning(f"{non_finite} detections were NaN or infinite and are left out; the model is damaged.")
-    return detections, not non_finite
+    return detections.build(), not non_finite
 
 
-def _write(output: Path, metrics: CocoMetrics, detections: list[Detection], *, per_class: bool) -> None:
-    import json
+def _write(output: Path, metrics: CocoMetrics, detections: DetectionTable, *, per_class: bool) -> None:
+    from ddetr_cli.atomic import atomic_file, write_json
 
-    from ddetr_cli.atomic import write_atomically, write_json
-
-    # One detection per line: readable, and not ten lines each as indented JSON would be.
-    rows = ",\n".join(json.dumps(detection.to_json(), allow_nan=False) for detection in detections)
-    text = f"[\n{rows}\n]\n" if rows else "[]\n"
-    write_atomically(output / "detections.json", text.encode(), durable=True)
+    with atomic_file(output / "detections.json") as file:
+        file.writelines(detections.to_json_lines())
     write_json(output / "metrics.json", metrics.to_json(per_class=per_class))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from ddetr_cli.data.textfile import read_utf8
 from ddetr_cli.errors import DatasetError
 
 
-def read_json(path: Path, *, without: str | None = None) -> Any:
+def read_json(
+    path: Path, *, without: str | None = None, replace: Callable[[dict[str, Any]], Any] | None = None
+) -> Any:
     """The content of a UTF-8 JSON file, with or without a byte-order mark; NaN and Infinity pass as floats.
 
     The key ``without`` is left out of every object as it is read: the polygons of COCO's train2017 would take 2 GB.
+    Where ``replace`` is given, what it makes of each object as it is read takes that object's place.
     Raises DatasetError naming the line and column, the encoding, or why the file cannot be read.
     """
     text = read_utf8(path, "JSON")
@@ -30,7 +33,7 @@ def read_json(path: Path, *, without: str | None = None) -> Any:
 
     try:
         with collector_paused():
-            return json.loads(text, object_hook=None if without is None else lean)
+            return json.loads(text, object_hook=replace or (None if without is None else lean))
     except json.JSONDecodeError as error:
         raise DatasetError(
             f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg}). Copy or download it again."

@@ -5,86 +5,126 @@ The checks matter: pycocotools counts a detection of four NaNs as a perfect matc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddetr_cli.classes import COCO_TABLE, CategoryId
+from ddetr_cli.classes import COCO_TABLE
 from ddetr_cli.data.coco import CocoAnnotations
 from ddetr_cli.data.jsonfile import box, number, plain_id, read_json, short, some
 from ddetr_cli.errors import DatasetError
+from ddetr_cli.evaluate.table import DetectionTable, TableBuilder
 
 
-@dataclass(frozen=True, slots=True)
-class Detection:
-    """One detected box in pixels of its image; the ids are those of the ground truth, unchanged."""
+def read_predictions(paths: Sequence[Path], ground_truth: CocoAnnotations) -> DetectionTable:
+    """The detections of one results file or of several, the parts of one result, in their order.
 
-    image_id: int | str
-    category_id: CategoryId
-    bbox_xywh: tuple[float, float, float, float]
-    score: float
-
-    def to_json(self) -> dict[str, Any]:
-        """One row of a COCO results file, unrounded."""
-        return {
-            "image_id": self.image_id,
-            "category_id": self.category_id,
-            "bbox": list(self.bbox_xywh),
-            "score": self.score,
-        }
-
-
-def read_predictions(path: Path, ground_truth: CocoAnnotations) -> list[Detection]:
-    """The detections of a results file, each of an image and a category that ``ground_truth`` knows.
-
-    Raises DatasetError for anything but a list of {image_id, category_id, bbox, score} with finite numbers. An
-    empty list is a valid result, of AP 0.
+    Each must be of an image and a category that ``ground_truth`` knows, and no image in two of the files. Raises
+    DatasetError for anything but lists of {image_id, category_id, bbox, score} with finite numbers. An empty list
+    is a valid result, of AP 0.
     """
-    document = read_json(path)
-    if not isinstance(document, list):
-        hint = "Give its list of detections alone." if isinstance(document, dict) else "Give a COCO results file."
-        raise DatasetError(f"{path}: the top level is not a list of detections. {hint}")
-    image_ids = {image.id for image in ground_truth.images}
-    category_ids = {category.id for category in ground_truth.categories}
-    if ground_truth.class_table() is COCO_TABLE:
-        # COCO models predict ids without a name (12, 26, ...); nothing scores them, and they are no other data set.
-        category_ids |= set(COCO_TABLE.category_ids)
-    detections: list[Detection] = []
-    unknown_images: list[Any] = []
-    unknown_categories: list[Any] = []
-    for index, entry in enumerate(document):
-        detection = _detection(path, index, entry)
-        if detection.image_id not in image_ids:
-            unknown_images.append(detection.image_id)
-        if detection.category_id not in category_ids:
-            unknown_categories.append(detection.category_id)
-        detections.append(detection)
-    for what, unknown in (("image", unknown_images), ("category", unknown_categories)):
-        if unknown:
-            distinct = some([repr(value) for value in dict.fromkeys(unknown)])
+    builder = TableBuilder(ground_truth)
+    seen: dict[Any, Path] = {}
+    for path in paths:
+        reader = _Reader(path, ground_truth, builder)
+        reader.read()
+        if len(paths) == 1:
+            break
+        for image_id in reader.images:
+            first = seen.setdefault(image_id, path)
+            if first is not path:
+                raise DatasetError(
+                    f"{path}: has detections of image {image_id!r}, as {first} has. "
+                    "Give the parts of one result, each image in one of them."
+                )
+    return builder.build()
+
+
+class _Reader:
+    """Reads one file, turning each detection into a row as soon as it is parsed: no room for all as objects."""
+
+    def __init__(self, path: Path, ground_truth: CocoAnnotations, builder: TableBuilder) -> None:
+        self.path, self.ground_truth, self.builder = path, ground_truth, builder
+        self.images: set[Any] = set()
+        self._categories = {category.id for category in ground_truth.categories}
+        if ground_truth.class_table() is COCO_TABLE:
+            # COCO models predict ids without a name (12, 26, ...): not scored, but no sign of another data set.
+            self._categories |= set(COCO_TABLE.category_ids)
+        self._unknown: dict[str, Counter[Any]] = {"image": Counter(), "category": Counter()}
+        self._taken = 0
+
+    def read(self) -> None:
+        """Add the file's detections to the builder."""
+        document = read_json(self.path, replace=self._take)
+        if not isinstance(document, list):
+            hint = "Give its list of detections alone." if isinstance(document, dict) else "Give a COCO results file."
+            raise DatasetError(f"{self.path}: the top level is not a list of detections. {hint}")
+        for index, entry in enumerate(document):
+            if entry is not _TAKEN:
+                self._refuse(index, entry)
+        if self._taken != len(document):
             raise DatasetError(
-                f"{path}: {len(unknown)} of {len(document)} detections have {what} ids that {ground_truth.path} does "
-                f"not list ({distinct}). Give the results of this data set."
+                f"{self.path}: detections inside of detections ({self._taken} in {len(document)} entries). "
+                "Give a COCO results file."
             )
-    return detections
+        for what, unknown in self._unknown.items():
+            if unknown:
+                raise DatasetError(
+                    f"{self.path}: {unknown.total()} of {self._taken} detections have {what} ids that "
+                    f"{self.ground_truth.path} does not list ({some([repr(value) for value in unknown])}). "
+                    "Give the results of this data set."
+                )
+
+    def _take(self, entry: dict[str, Any]) -> Any:
+        """Called with every object of the file: a detection goes into the table, any other stays."""
+        if "image_id" not in entry or "bbox" not in entry:
+            return entry
+        image_id, category_id = plain_id(entry["image_id"]), plain_id(entry.get("category_id"))
+        bbox_xywh, score = box(entry["bbox"]), number(entry.get("score"))
+        if image_id is None or category_id is None or bbox_xywh is None or score is None:
+            raise self._fault(entry)
+        _, _, w, h = bbox_xywh
+        # In pycocotools such an area can make the union 0 or infinite and the IoU NaN: a perfect match.
+        if w < 0 or h < 0 or not math.isfinite(w * h):
+            raise self._fault(entry)
+        self._taken += 1
+        self.images.add(image_id)
+        if not self.builder.knows_image(image_id):
+            self._unknown["image"][image_id] += 1
+        elif category_id not in self._categories:
+            self._unknown["category"][category_id] += 1
+        else:
+            self.builder.add(image_id, category_id, bbox_xywh, score)
+        return _TAKEN
+
+    def _fault(self, entry: dict[str, Any]) -> DatasetError:
+        """What is wrong with the detection that comes next."""
+        where = f"{self.path}: detection {self._taken}"
+        for key in ("category_id", "score"):
+            if key not in entry:
+                return DatasetError(f"{where} has no {key!r}. Give a COCO results file with boxes.")
+        if plain_id(entry["image_id"]) is None or plain_id(entry["category_id"]) is None:
+            return DatasetError(
+                f"{where} has an image_id or category_id that is neither integer nor string. Correct it."
+            )
+        bbox = short(entry["bbox"])
+        bbox_xywh = box(entry["bbox"])
+        if bbox_xywh is None:
+            return DatasetError(f"{where} has bbox {bbox}, not four finite numbers. Do not score it.")
+        if number(entry["score"]) is None:
+            return DatasetError(f"{where} has score {short(entry['score'])}, not a finite number. Do not score it.")
+        if min(bbox_xywh[2:]) < 0:
+            return DatasetError(f"{where} has bbox {bbox}, of negative size. Write [x, y, width, height].")
+        return DatasetError(f"{where} has bbox {bbox}, of infinite area. Do not score it.")
+
+    def _refuse(self, index: int, entry: Any) -> None:
+        where = f"{self.path}: detection {index}"
+        if not isinstance(entry, dict):
+            raise DatasetError(f"{where} is not an object. Give a COCO results file.")
+        key = "image_id" if "image_id" not in entry else "bbox"
+        raise DatasetError(f"{where} has no {key!r}. Give a COCO results file with boxes.")
 
 
-def _detection(path: Path, index: int, entry: Any) -> Detection:
-    where = f"{path}: detection {index}"
-    if not isinstance(entry, dict):
-        raise DatasetError(f"{where} is not an object. Give a COCO results file.")
-    for key in ("image_id", "category_id", "bbox", "score"):
-        if key not in entry:
-            raise DatasetError(f"{where} has no {key!r}. Give a COCO results file with boxes.")
-    image_id, category_id = plain_id(entry["image_id"]), plain_id(entry["category_id"])
-    if image_id is None or category_id is None:
-        raise DatasetError(f"{where} has an image_id or category_id that is neither integer nor string. Correct it.")
-    bbox_xywh = box(entry["bbox"])
-    if bbox_xywh is None:
-        raise DatasetError(f"{where} has bbox {short(entry['bbox'])}, not four finite numbers. Do not score it.")
-    score = number(entry["score"])
-    if score is None:
-        raise DatasetError(f"{where} has score {short(entry['score'])}, not a finite number. Do not score it.")
-    if min(bbox_xywh[2:]) < 0:  # in pycocotools its area can make the union 0 and the IoU NaN: a perfect match
-        raise DatasetError(f"{where} has bbox {short(entry['bbox'])}, of negative size. Write [x, y, width, height].")
-    return Detection(image_id, category_id, bbox_xywh, score)
+_TAKEN = object()

@@ -17,7 +17,7 @@ from ddetr_cli.boxes import xyxy_to_xywh
 from ddetr_cli.data.coco import CocoAnnotations, CocoImage, read_dataset_image
 from ddetr_cli.errors import DatasetError, DeviceError, ImageError
 from ddetr_cli.evaluate.mapping import ClassMapping, MapMissing
-from ddetr_cli.evaluate.predictions import Detection
+from ddetr_cli.evaluate.table import Detection
 from ddetr_cli.inference.ahead import helper_threads, map_ahead
 from ddetr_cli.inference.preparation import Prepared
 
