@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +183,11 @@ def test_limit_scores_only_the_first_images(dataset: Path, tmp_path: Path) -> No
         ["DATA", "--batch-size", "0"],
         ["DATA", "--image-size", "-1"],
         ["DATA", "--limit", "0"],
+        ["DATA", "--bootstrap", "1"],
+        ["DATA", "--evaluator", "theirs"],
+        ["DATA", "--predictions", "RESULTS", "--predictions", "RESULTS"],
+        ["DATA", "--predictions", "RESULTS", "--images", "DATA", "--images", "DATA/images"],
+        ["DATA", "--predictions", "RESULTS", "--images", "RESULTS", "--images", "DATA/annotations/val.json"],
         ["DATA", "--map-missing", "maybe"],
         ["--annotations", "DATA/annotations/val.json"],
     ],
@@ -277,3 +284,116 @@ def test_preprocess_chooses_whose_size_rule_prepares_the_pictures(
     for rule in ("original", "hf"):
         assert main(["eval", str(dataset), "-m", str(checkpoint), "--device", "cpu", "--preprocess", rule]) == 0
     assert rules == ["original", "original", "hf", "hf"]
+
+
+def scored(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """What metrics.json says of a run that ends well."""
+    out = tmp_path / "scored"
+    assert main(["eval", *arguments, "-o", str(out), "--overwrite"]) == 0
+    return dict(json.loads((out / "metrics.json").read_text()))
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_both_evaluators_write_the_same_bytes(data_dir: Path, tmp_path: Path, name: str) -> None:
+    arguments = [str(data_dir / a) if (data_dir / a).exists() else a for a in GOLDEN[name]]
+    file = data_dir / "eval_golden" / f"{name.replace('/', '_')}_results.json"
+    for evaluator in ("fast", "pycocotools"):
+        more = ["--evaluator", evaluator, "--per-class", "-o", str(tmp_path / evaluator)]
+        assert main(["eval", *arguments, "--predictions", str(file), *more]) == 0
+    assert (tmp_path / "fast/metrics.json").read_bytes() == (tmp_path / "pycocotools/metrics.json").read_bytes()
+
+
+def test_the_parts_of_a_result_score_as_the_whole(dataset: Path, tmp_path: Path) -> None:
+    parts = []
+    for index, row in enumerate(results()):
+        (tmp_path / f"{index}.json").write_text(json.dumps([row]))
+        parts += ["--predictions", str(tmp_path / f"{index}.json")]
+    whole = scored(tmp_path, str(dataset), "--predictions", str(dataset / "results.json"))
+    assert scored(tmp_path, str(dataset), *parts) == whole
+
+
+def test_a_list_of_images_chooses_what_is_scored(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list.txt").write_text("2.png\n")
+    arguments = [str(dataset), "--predictions", str(dataset / "results.json"), "--images", str(tmp_path / "list.txt")]
+    found = scored(tmp_path, *arguments)
+    assert (found["images"], found["detections"]) == (1, 1)
+    assert "(1 of 2 images)" in capsys.readouterr().err
+
+
+def test_a_list_and_a_folder_of_images_can_both_be_given(
+    dataset: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (dataset / "images").rename(tmp_path / "elsewhere")
+    (tmp_path / "list.txt").write_text("1\n")
+    places = ["--images", str(tmp_path / "elsewhere"), "--images", str(tmp_path / "list.txt")]
+    found = scored(tmp_path, str(dataset), *places, "-m", str(checkpoint), "--device", "cpu")
+    assert (found["images"], found["detections"]) == (1, 40)
+    assert main(["eval", str(dataset), "--images", str(dataset / "results.json")]) == 6  # names no image
+    assert "lines name no image" in capsys.readouterr().err
+
+
+def test_results_of_a_run_that_was_cut_short_are_refused_unless_allowed(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (dataset / "results.json").write_text(json.dumps(results()[:1]))
+    arguments = [str(dataset), "--predictions", str(dataset / "results.json")]
+    assert main(["eval", *arguments]) == 6
+    assert "nothing was found in 1 of the 2 images that hold objects" in capsys.readouterr().err
+    assert scored(tmp_path, *arguments, "--allow-partial")["AP"] == pytest.approx(0.5)
+    assert "they count as missed" in capsys.readouterr().err
+    assert scored(tmp_path, *arguments, "--limit", "1")["AP"] == pytest.approx(1)
+
+
+def test_detections_past_the_limit_of_100_are_told(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (dataset / "results.json").write_text(json.dumps(results() + results()[:1] * 104))
+    assert main(["eval", str(dataset), "--predictions", str(dataset / "results.json")]) == 0
+    assert "5 detections past the 100 best of their image and class are not scored" in capsys.readouterr().err
+
+
+def test_bootstrap_adds_an_interval_to_every_number(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(dataset), "--predictions", str(dataset / "results.json"), "--bootstrap", "10"]
+    found = scored(tmp_path, *arguments)
+    assert list(found["intervals"]) == METRICS
+    assert found["intervals"]["AP"] == [pytest.approx(1), pytest.approx(1)]
+    assert found["intervals"]["APs"] is None
+    assert "1.0000 to 1.0000" in capsys.readouterr().out
+    assert scored(tmp_path, *arguments) == found
+
+
+def test_two_processes_score_as_one(dataset: Path, checkpoint: Path, tmp_path: Path) -> None:
+    content = document()
+    for index in (3, 4, 5):  # one process gets an image more
+        content["images"].append(content["images"][0] | {"id": index, "file_name": f"{index}.png"})
+        content["annotations"].append(content["annotations"][0] | {"id": index, "image_id": index})
+        noise = np.random.default_rng(index).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(dataset / f"images/{index}.png")
+    (dataset / "annotations/val.json").write_text(json.dumps(content))
+    arguments = ["eval", str(dataset), "--model", str(checkpoint), "--device", "cpu", "--per-class", "-o"]
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = "import sys; from ddetr_cli.cli.app import main; sys.exit(main(sys.argv[1:]))"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *arguments, str(tmp_path / "two")],
+            env=os.environ
+            | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert outputs[1] == ("", "")  # one of them talks
+    for name in ("detections.json", "metrics.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddetr_cli.data.records import CocoAnnotations
-from ddetr_cli.evaluate.table import Detection, TableBuilder, ranks, table_of
+from ddetr_cli.evaluate.table import Detection, TableBuilder, merged, ranks, table_of
 
 Truth = Callable[..., CocoAnnotations]
 BOX = (10.0, 20.5, 30.0, 1 / 3)
@@ -67,3 +67,14 @@ def test_what_is_not_a_number_is_never_written(truth: Truth) -> None:
 
 def test_ids_are_ranked_numbers_first_and_by_value() -> None:
     assert ranks([10, "10", 9, -1, "9", 2**60]).tolist() == [2, 4, 1, 0, 5, 3]
+
+
+def test_the_tables_of_shares_become_one_in_the_order_of_the_images(truth: Truth) -> None:
+    ground_truth = truth((1, 7, BOX), (2, 7, BOX), (3, 7, BOX))
+    images = ground_truth.images
+    found = [Detection(i, c, BOX, s) for i, c, s in ((1, 7, 0.1), (1, 9, 0.2), (2, 8, 0.3), (3, 9, 0.4), (3, 7, 0.5))]
+    shares = [
+        table_of(ground_truth.subset(part), [d for d in found if d.image_id in {image.id for image in part}])
+        for part in (images[::2], images[1::2])
+    ]
+    assert list(merged(ground_truth, shares)) == found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ddetr_cli.cli import console
+from ddetr_cli.cli.eval_tables import print_metrics
 from ddetr_cli.cli.predictor import (
     DEFAULT_MODEL,
     MODEL_HELP,
@@ -23,11 +26,12 @@ from ddetr_cli.cli.predictor import (
 from ddetr_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ddetr_cli.data.coco import CocoAnnotations
     from ddetr_cli.evaluate.metrics import CocoMetrics
     from ddetr_cli.evaluate.table import DetectionTable
+
+
+_MAY_BE_EMPTY = 0.1  # of the images with objects; more without any detection look like a run that was cut short
 
 
 def evaluate(
@@ -61,7 +65,13 @@ def evaluate(
         ),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option("--images", metavar="DIR", help="Folder of the images, instead of DATA's own.")
+        list[Path] | None,
+        typer.Option(
+            "--images",
+            metavar="PATH",
+            help="A folder: where the images are, instead of DATA's own. A text file: which of them to use, one name "
+            "or id a line. Both can be given.",
+        ),
     ] = None,
     annotations: Annotated[
         Path | None,
@@ -101,6 +111,18 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Use only the first N images of the data set.")
     ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Score results that leave out many of the images.")
+    ] = False,
+    bootstrap: Annotated[
+        int | None,
+        typer.Option(
+            "--bootstrap",
+            min=10,
+            metavar="N",
+            help="Add 95 % intervals of the numbers, from N data sets drawn from its images.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into an existing --output.")] = False,
 ) -> None:
     """Score a model, or a results file, on a data set in COCO format: AP and AR as pycocotools computes them."""
@@ -117,34 +139,40 @@ def evaluate(
     model = DEFAULT_MODEL if model is None else model
     check_model_options(model, device=device, preset=preset)
 
+    is_main = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun one talks and writes
+    if predictions and not is_main:
+        return
+
     from ddetr_cli.atomic import check_new_folder
     from ddetr_cli.data.coco import locate_dataset, read_split
-    from ddetr_cli.evaluate.metrics import evaluate_detections
+    from ddetr_cli.evaluate.accumulate import accumulate
+    from ddetr_cli.evaluate.matching import match
+    from ddetr_cli.evaluate.metrics import metrics_of
     from ddetr_cli.evaluate.predictions import read_predictions
+    from ddetr_cli.evaluate.selection import listed_images
 
-    paths = locate_dataset(data, split=split, images=images, annotations=annotations, purpose="eval")
-    if output is not None:
+    folder, listing = _folder_and_list(images or [])
+    paths = locate_dataset(data, split=split, images=folder, annotations=annotations, purpose="eval")
+    if output is not None and is_main:
         check_new_folder(output, overwrite=overwrite)
-    ground_truth = read_split(paths, skip_bad=skip_bad_annotations, max_bad=max_bad)
-    for sentence in ground_truth.repairs:
-        console.say_warning(sentence)
-    total = len(ground_truth.images)
-    is_limited = limit is not None and limit < total
-    console.say(f"data: {paths.annotations} ({f'the first {limit} of {total}' if is_limited else total} images)")
+    whole = read_split(paths, skip_bad=skip_bad_annotations, max_bad=max_bad)
+    ground_truth = whole if listing is None else listed_images(listing, whole)
+    ground_truth = ground_truth.subset(ground_truth.images[:limit]) if limit is not None else ground_truth
+    if is_main:
+        for sentence in ground_truth.repairs:
+            console.say_warning(sentence)
+        total, used = len(whole.images), len(ground_truth.images)
+        which = f"{used} of {total} images" if used < total else f"{total} images"
+        console.say(f"data: {paths.annotations} ({which})")
     complete = True
     if predictions:
-        detections = read_predictions(predictions, ground_truth)
-        if not len(detections):
-            console.say_warning(f"{predictions[0]}: no detections (an empty list). The score is 0.")
-        if is_limited:
-            ground_truth = ground_truth.subset(ground_truth.images[:limit])
-            detections = detections.of(ground_truth)
+        detections = read_predictions(predictions, whole)
+        detections = detections if ground_truth is whole else detections.of(ground_truth)
+        _check_coverage(ground_truth, detections, predictions[0], allow_partial=allow_partial)
     else:
         if paths.images is None:
             raise UsageError(f"{paths.annotations}: its folder of images was not found. Give --images DIR.")
-        if is_limited:
-            ground_truth = ground_truth.subset(ground_truth.images[:limit])
-        detections, complete = _detections_of_model(
+        found = _detections_of_model(
             model,
             ground_truth,
             paths.images,
@@ -156,13 +184,64 @@ def evaluate(
             device=device,
             map_missing=map_missing,
         )
-    metrics = evaluate_detections(ground_truth, detections, evaluator=evaluator)
+        if found is None:
+            return
+        detections, complete = found
+    matches = match(ground_truth, detections)
+    if evaluator == "pycocotools":
+        from ddetr_cli.evaluate.reference import pycocotools_curves
+
+        curves = pycocotools_curves(ground_truth, detections)
+    else:
+        curves = accumulate(matches)
+    metrics = metrics_of(ground_truth, len(detections), curves)
+    if matches.past_limit:
+        console.say(f"{matches.past_limit} detections past the 100 best of their image and class are not scored")
+    if bootstrap is not None:
+        from ddetr_cli.evaluate.bootstrap import intervals
+
+        with console.Progress(bootstrap, unit="samples", description="bootstrap") as progress:
+            metrics = replace(
+                metrics, intervals=intervals(matches, metrics.images, bootstrap, on_sample=progress.advance)
+            )
     if output is not None:
         _write(output, metrics, detections, per_class=per_class)
         console.say(f"written: {output / 'metrics.json'}, {output / 'detections.json'}")
-    _print(metrics, per_class=per_class, sole_output=output is None)
+    print_metrics(metrics, per_class=per_class, sole_output=output is None)
     if not complete:
         raise typer.Exit(3)
+
+
+def _folder_and_list(images: list[Path]) -> tuple[Path | None, Path | None]:
+    """The folder and the text file among what --images named."""
+    lists = [path for path in images if path.is_file()]
+    folders = [path for path in images if not path.is_file()]
+    if len(lists) > 1 or len(folders) > 1:
+        raise UsageError("--images: given too often. Give one folder, one list of images, or one of each.")
+    return (folders[0] if folders else None), (lists[0] if lists else None)
+
+
+def _check_coverage(
+    ground_truth: CocoAnnotations, detections: DetectionTable, path: Path, *, allow_partial: bool
+) -> None:
+    """Raise DatasetError for the results of a run that was cut short."""
+    from ddetr_cli.errors import DatasetError
+
+    if not len(detections):
+        console.say_warning(f"{path}: no detections (an empty list). The score is 0.")
+        return
+    covered = {ground_truth.images[image].id for image in set(detections.image.tolist())}
+    with_objects = {annotation.image_id for annotation in ground_truth.annotations}
+    missing = len(with_objects - covered)
+    if missing <= _MAY_BE_EMPTY * len(with_objects):
+        return
+    what = f"{path}: nothing was found in {missing} of the {len(with_objects)} images that hold objects"
+    if not allow_partial:
+        raise DatasetError(
+            f"{what} (a run that was cut short?). Give all results, name the images with --images LIST, "
+            "or pass --allow-partial."
+        )
+    console.say_warning(f"{what}; they count as missed (--allow-partial).")
 
 
 def _detections_of_model(
@@ -177,41 +256,59 @@ def _detections_of_model(
     batch_size: int,
     device: str,
     map_missing: Literal["error", "drop"],
-) -> tuple[DetectionTable, bool]:
-    """The model's detections, and whether all of them were finite numbers."""
+) -> tuple[DetectionTable, bool] | None:
+    """The model's detections, and whether all of them were finite numbers; None but in torchrun's first process.
+
+    Each of its processes takes every n-th image.
+    """
     from ddetr_cli.data.coco import check_images
     from ddetr_cli.evaluate.mapping import map_classes
     from ddetr_cli.evaluate.run import predict_images
-    from ddetr_cli.evaluate.table import TableBuilder
+    from ddetr_cli.evaluate.table import TableBuilder, merged
+    from ddetr_cli.inference.device import resolve_device
+    from ddetr_cli.train.distributed import device_name, open_ranks
 
-    check_images(ground_truth, images)
-    loaded, predictor = open_predictor(
-        model,
-        preset=preset,
-        device=device,
-        precision=precision,
-        image_size=image_size,
-        preprocess=preprocess,
-        batch_size=batch_size,
-    )
-    mapping = map_classes(loaded.classes, ground_truth.categories)
-    for line in mapping.describe():
-        console.say(line)
-    detections = TableBuilder(ground_truth)
-    unmapped = non_finite = 0
-    with console.Progress(len(ground_truth.images), unit="images", description="eval") as progress:
-        for result in predict_images(
-            predictor, ground_truth, images, mapping, batch_size=batch_size, map_missing=map_missing
-        ):
-            detections.extend(result.detections)
-            unmapped += result.unmapped
-            non_finite += result.non_finite
-            progress.advance()
+    device = device_name(device)
+    with open_ranks(resolve_device(device)) as ranks:
+        quiet = not ranks.is_main
+        mine = ground_truth.subset(ground_truth.images[ranks.index :: ranks.count])
+        check_images(mine, images)
+        with ranks.main_first():  # it downloads what the others then find
+            loaded, predictor = open_predictor(
+                model,
+                preset=preset,
+                device=device,
+                precision=precision,
+                image_size=image_size,
+                preprocess=preprocess,
+                batch_size=batch_size,
+                quiet=quiet,
+            )
+        mapping = map_classes(loaded.classes, ground_truth.categories)
+        for line in [] if quiet else mapping.describe():
+            console.say(line)
+        builder = TableBuilder(ground_truth)
+        unmapped = non_finite = 0
+        with console.Progress(len(mine.images), unit="images", description="eval", quiet=quiet) as progress:
+            for result in predict_images(
+                predictor, mine, images, mapping, batch_size=batch_size, map_missing=map_missing
+            ):
+                builder.extend(result.detections)
+                unmapped += result.unmapped
+                non_finite += result.non_finite
+                progress.advance()
+        detections = builder.build()
+        if ranks.count > 1:
+            parts = ranks.gather(detections)
+            unmapped, non_finite = (int(total) for total in ranks.total([unmapped, non_finite]))
+            if quiet:
+                return None
+            detections = merged(ground_truth, parts)
     if unmapped:
         console.say(f"{unmapped} detections of classes without a counterpart left out (--map-missing drop)")
     if non_finite:
         console.say_warning(f"{non_finite} detections were NaN or infinite and are left out; the model is damaged.")
-    return detections.build(), not non_finite
+    return detections, not non_finite
 
 
 def _write(output: Path, metrics: CocoMetrics, detections: DetectionTable, *, per_class: bool) -> None:
@@ -220,56 +317,3 @@ def _write(output: Path, metrics: CocoMetrics, detections: DetectionTable, *, pe
     with atomic_file(output / "detections.json") as file:
         file.writelines(detections.to_json_lines())
     write_json(output / "metrics.json", metrics.to_json(per_class=per_class))
-
-
-def _print(metrics: CocoMetrics, *, per_class: bool, sole_output: bool) -> None:
-    """The numbers on stdout: a drawn table on a terminal, aligned plain columns in a file or pipe."""
-    import sys
-
-    from rich import box
-
-    is_terminal = sys.stdout.isatty()
-    style = box.SIMPLE_HEAD if is_terminal else None
-    tables = [_overall_table(metrics, style)]
-    if per_class:
-        tables.append(_class_table(metrics, style))
-    for table in tables:
-        if is_terminal:
-            console.rich_console(stdout=True).print(table)
-        else:
-            text = "\n".join(line.rstrip() for line in console.render(table).splitlines())
-            console.write_result(text + "\n", sole_output=sole_output)
-
-
-def _overall_table(metrics: CocoMetrics, style: object) -> Table:
-    from rich.table import Table
-
-    from ddetr_cli.evaluate.metrics import DEFINITIONS
-
-    table = Table(box=style, pad_edge=False)  # type: ignore[arg-type]
-    for heading in ("metric", "IoU", "size", "per image"):
-        table.add_column(heading)
-    table.add_column("value", justify="right")
-    for name, (_, iou, size, limit) in DEFINITIONS.items():
-        threshold = "0.50:0.95" if iou is None else f"{iou:.2f}"
-        table.add_row(name, threshold, size, str(limit), _number(metrics.overall[name]))
-    return table
-
-
-def _class_table(metrics: CocoMetrics, style: object) -> Table:
-    from rich.table import Table
-
-    from ddetr_cli.printable import printable
-
-    shown = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-    table = Table(box=style, pad_edge=False)  # type: ignore[arg-type]
-    table.add_column("category", overflow="ellipsis", no_wrap=True, max_width=40)
-    for heading in shown:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, numbers in metrics.per_class.items():
-        table.add_row(printable(name), *(_number(numbers[key]) for key in shown))
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.6f}"

@@ -54,10 +54,12 @@ class Matches:
     counts the detections of one image and class from 0; past 100 they are not among the N. ``is_outside`` (N,A):
     its own area is not of that size. ``candidate`` (M,), increasing, are those of the N that overlap an object
     enough to match it; ``found`` (M,T) is the object at size "all" or -1, ``is_hit`` and ``is_excused`` (M,A,T)
-    whether it matched an object that counts, or one that does not (a crowd, or another size).
+    whether it matched an object that counts, or one that does not (a crowd, or another size). ``past_limit`` counts
+    what was left out as past 100.
     """
 
     objects: Objects
+    image_rank: Ints
     classes: Ints
     class_start: Ints
     row: Ints
@@ -69,6 +71,7 @@ class Matches:
     found: NDArray[np.int32]
     is_hit: Flags
     is_excused: Flags
+    past_limit: int
 
 
 def match(ground_truth: CocoAnnotations, table: DetectionTable) -> Matches:
@@ -96,6 +99,7 @@ def match(ground_truth: CocoAnnotations, table: DetectionTable) -> Matches:
     found, is_hit, is_excused = _assign(which, target, iou, group[candidate], rank[candidate], objects)
     return Matches(
         objects,
+        image_rank,
         np.argsort(class_rank),
         np.searchsorted(kind, np.arange(classes + 1)),
         row,
@@ -107,6 +111,7 @@ def match(ground_truth: CocoAnnotations, table: DetectionTable) -> Matches:
         found,
         is_hit,
         is_excused,
+        past_limit=int(np.count_nonzero(~within)),
     )
 
 

@@ -19,6 +19,7 @@ from ddetr_cli.evaluate.matching import IOU_THRESHOLDS, LIMITS, SIZES, match
 from ddetr_cli.evaluate.table import Detection, DetectionTable, ranks, table_of
 
 Numbers = dict[str, float | None]
+Interval = tuple[float, float]
 Evaluator = Literal["fast", "pycocotools"]
 
 # name -> (is precision, IoU threshold or None for the mean over 0.50:0.95, object size, detections per image)
@@ -42,16 +43,22 @@ METRICS = tuple(DEFINITIONS)
 
 @dataclass(frozen=True)
 class CocoMetrics:
-    """The twelve numbers, unrounded; None where COCOeval says -1 (nothing of that size or class in the data)."""
+    """The twelve numbers, unrounded; None where COCOeval says -1 (nothing of that size or class in the data).
+
+    ``intervals`` are those of ``bootstrap.intervals``, where asked for.
+    """
 
     overall: Numbers
     images: int
     detections: int
     per_class: dict[str, Numbers] = field(default_factory=dict)
+    intervals: dict[str, Interval | None] = field(default_factory=dict)
 
     def to_json(self, *, per_class: bool = False) -> dict[str, Any]:
         """The content of metrics.json."""
         content: dict[str, Any] = {**self.overall, "images": self.images, "detections": self.detections}
+        if self.intervals:
+            content["intervals"] = self.intervals
         if per_class:
             content["per_class"] = self.per_class
         return content
@@ -69,8 +76,6 @@ def evaluate_detections(
     would count as a perfect match. Those of categories the file does not list are not scored, as in pycocotools.
     """
     table = table_of(ground_truth, detections)
-    if not (np.isfinite(table.boxes_xywh).all() and np.isfinite(table.scores).all()):
-        raise ValueError("a detection is not finite")
     if evaluator == "pycocotools":
         from ddetr_cli.evaluate.reference import pycocotools_curves
 

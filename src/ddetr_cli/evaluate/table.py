@@ -141,12 +141,43 @@ class TableBuilder:
 
 
 def table_of(ground_truth: CocoAnnotations, detections: Iterable[Detection] | DetectionTable) -> DetectionTable:
-    """``detections`` as a table of ``ground_truth``; one that is that already, unchanged."""
+    """``detections`` as a table of ``ground_truth``; one that is that already, unchanged.
+
+    Raises ValueError where one is not finite, KeyError where one is of an image that is not listed.
+    """
     if isinstance(detections, DetectionTable):
-        return detections if detections.is_of(ground_truth) else detections.of(ground_truth)
-    builder = TableBuilder(ground_truth)
-    builder.extend(detections)
-    return builder.build()
+        table = detections if detections.is_of(ground_truth) else detections.of(ground_truth)
+    else:
+        builder = TableBuilder(ground_truth)
+        builder.extend(detections)
+        table = builder.build()
+    if not (np.isfinite(table.boxes_xywh).all() and np.isfinite(table.scores).all()):
+        raise ValueError("a detection is not finite")
+    return table
+
+
+def merged(ground_truth: CocoAnnotations, parts: Sequence[DetectionTable]) -> DetectionTable:
+    """The tables of parts of the images as one of ``ground_truth``, image by image in its order."""
+    categories = _places(category.id for category in ground_truth.categories)
+    moved = [part.of(ground_truth) for part in parts]
+    category = np.concatenate(
+        [
+            np.array([categories.setdefault(value, len(categories)) for value in part.category_ids], np.int32)[
+                part.category
+            ]
+            for part in moved
+        ]
+    )
+    image = np.concatenate([part.image for part in moved])
+    whole = DetectionTable(
+        tuple(image.id for image in ground_truth.images),
+        tuple(categories),
+        image,
+        category,
+        np.concatenate([part.boxes_xywh for part in moved]),
+        np.concatenate([part.scores for part in moved]),
+    )
+    return whole.rows(np.argsort(image, kind="stable"))
 
 
 def _places(ids: Iterable[ImageId]) -> dict[ImageId, int]:
