@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +160,10 @@ def test_when_every_image_is_bad_the_results_are_empty_and_the_exit_code_4(model
         ["--precision", "int8"],
         ["--device", "gpu"],
         ["--device", ""],
-        ["--format", "coco,csv"],
+        ["--format", "coco,xml"],
+        ["--output", "-"],
+        ["--output", "-", "--format", "csv,jsonl"],
+        ["--output", "-", "--format", "yolo"],
         ["--format", ""],
         ["--preset", "r51"],
         ["--output", ""],
@@ -223,6 +229,88 @@ def test_format_chooses_what_is_written(model: str, photos: Path, tmp_path: Path
     assert detect(model, photos, "-o", tmp_path / "i", "-q", "--format", "images") == 0
     assert all(name.startswith("annotated/") for name in files_in(tmp_path / "i"))
     assert len(files_in(tmp_path / "i")) == 3
+
+
+def test_all_formats_in_one_run_tell_of_the_same_detections(model: str, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (photos / "bad.jpg").write_bytes(b"")
+    kinds = "coco,jsonl,csv,yolo,images,crops,sheet"
+    assert detect(model, photos, "-o", output, "-q", "-t", 0, "--format", kinds) == 3
+    rows = detections_in(output)
+    assert len(rows) == 300
+    lines = [json.loads(line) for line in (output / "detections.jsonl").read_text().splitlines()]
+    assert [line.get("failed", "")[:12] for line in lines] == ["", "not an image", "", ""]
+    listed = [(line["image_id"], one["bbox"], one["score"]) for line in lines for one in line.get("detections", [])]
+    assert listed == [(row["image_id"], row["bbox"], row["score"]) for row in rows]
+    with (output / "detections.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["score"]) for row in table] == [row["score"] for row in rows]
+    with (output / "failures.csv").open(newline="") as file:
+        assert [row["file_name"] for row in csv.DictReader(file)] == ["bad.jpg"]
+    assert files_in(output / "labels") == ["a.txt", "sub/b.txt", "sub/c.txt"]
+    assert files_in(output / "annotated") == ["a.jpg", "sub/b.png", "sub/c.tif.jpg"]
+    crops = files_in(output / "crops")
+    inside = sum(len((output / "labels" / name).read_text().splitlines()) for name in files_in(output / "labels"))
+    assert len(crops) >= inside > 250  # boxes of no area have a crop of one pixel, but no line
+    assert crops == sorted(crops)
+    with Image.open(output / "sheet.jpg") as sheet:
+        assert sheet.width > 900
+    assert not list(output.rglob(".ddetr-*"))
+
+
+def test_crops_and_the_sheet_of_an_earlier_run_are_not_inputs(model: str, photos: Path, tmp_path: Path) -> None:
+    for more in ([], ["--overwrite"]):
+        assert detect(model, photos, "-o", photos / "out", "-q", "--format", "coco,crops,sheet", "-t", 0, *more) == 0
+        assert [image["file_name"] for image in images_in(photos / "out")] == ["a.jpg", "sub/b.png", "sub/c.tif"]
+
+
+@pytest.mark.parametrize("kind", ["coco", "jsonl", "csv"])
+def test_a_dash_sends_the_results_to_stdout_and_nothing_else(
+    kind: str,
+    model: str,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert detect(model, photos, "-o", "file", "-q", "-t", 0, "--format", kind) == 0
+    capfdbinary.readouterr()
+    assert detect(model, photos, "-o", "-", "-t", 0, "--format", kind) == 0
+    captured = capfdbinary.readouterr()
+    (file,) = (path for path in Path("file").iterdir() if path.stem == "detections")
+    assert captured.out == file.read_bytes()
+    assert b"processed 3, failed 0, skipped 0" in captured.err
+    assert b"results in" not in captured.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "in"]
+
+
+def test_a_reader_of_stdout_that_goes_away_ends_the_run_without_a_word(
+    model: str, photos: Path, tmp_path: Path, repository: Path
+) -> None:
+    entry = "import sys; from ddetr_cli.cli.app import main; sys.exit(main())"
+    command = [
+        sys.executable,
+        "-c",
+        entry,
+        "detect",
+        str(photos),
+        "-m",
+        model,
+        "-q",
+        "-t",
+        "0",
+        "-o",
+        "-",
+        "--format",
+        "jsonl",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
 
 
 def test_the_same_option_twice_means_the_last_one(model: str, photos: Path, tmp_path: Path) -> None:
@@ -345,7 +433,8 @@ def test_draft_is_refused_with_pictures_and_recorded_without(
     output = tmp_path / "out"
     assert detect(model, photos, "-o", output, "--draft") == 2
     assert (
-        "--draft: not with annotated pictures (they need every pixel). Add --format coco." in capsys.readouterr().err
+        "--draft: not with annotated pictures or crops (they need every pixel). Add --format coco."
+        in capsys.readouterr().err
     )
     assert not output.exists()
     assert detect(model, photos, "-o", output, "--draft", "--format", "coco", "-q") == 0

@@ -140,13 +140,36 @@ def write_result(text: str, *, sole_output: bool) -> None:
     When the reader has gone: StdoutClosed (exit 141) if stdout was the ``sole_output``, else nothing, because the
     files are complete. Raises OutputError when stdout is a full or broken device.
     """
-    try:
+    with _stdout_errors(sole_output=sole_output):
         try:
             sys.stdout.write(text)
         except UnicodeEncodeError:
             encoding = sys.stdout.encoding or "ascii"
             sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
+
+
+class StdoutFile:
+    """stdout as the one file of results: what is written comes out at once. Errors are those of ``write_result``."""
+
+    def write(self, data: bytes) -> None:
+        """Send ``data``."""
+        with _stdout_errors(sole_output=True):
+            sys.stdout.flush()
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+
+    def commit(self, *, durable: bool) -> None:
+        """Nothing is left to do."""
+
+    def abandon(self) -> None:
+        """What was sent cannot be taken back."""
+
+
+@contextmanager
+def _stdout_errors(*, sole_output: bool) -> Iterator[None]:
+    try:
+        yield
     except BrokenPipeError as error:
         discard_stdout()
         if sole_output:

@@ -24,6 +24,7 @@ from ddetr_cli.cli.predictor import (
     open_predictor,
 )
 from ddetr_cli.data.formats import MAX_PIXELS
+from ddetr_cli.detect.sinks.formats import DRAWN, FORMATS, STREAMED
 from ddetr_cli.errors import UsageError
 from ddetr_cli.presets import FASTER_RCNN
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from ddetr_cli.weights import LoadedModel
 
 _SHOWN_CLASSES = 20
-_FORMATS = ("coco", "images")
 
 
 def _check_threshold(value: float) -> float:
@@ -54,7 +54,13 @@ def detect(
     model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)] = DEFAULT_MODEL,
     output: Annotated[
         str,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder for the results; refused if it exists."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for the results; refused if it exists. '-' writes one of the formats "
+            f"{', '.join(STREAMED)} to stdout.",
+        ),
     ] = "ddetr-out",
     overwrite: Annotated[
         bool,
@@ -75,7 +81,9 @@ def detect(
         typer.Option(
             "--format",
             metavar="LIST",
-            help="What to write, separated by commas: coco (detections.json, images.json), images (annotated/).",
+            help="What to write, separated by commas: "
+            + "; ".join(f"{name} ({', '.join(files)})" for name, files in FORMATS.items())
+            + ".",
         ),
     ] = "coco,images",
     device: Device = "auto",
@@ -103,28 +111,35 @@ def detect(
     """Find objects in pictures and write them as COCO results and as annotated pictures.
 
     In --output: detections.json, the boxes as a COCO results list; images.json, the images and categories they refer
-    to; annotated/, the pictures with their boxes.
+    to; annotated/, the pictures with their boxes. --format chooses other results, any of them together.
 
     A picture that cannot be read is named and passed over, and the exit code is 3.
     """
     if quiet and verbose:
         raise UsageError("--quiet and --verbose: contradict each other. Give one.")
     wanted = _parse_formats(formats)
-    if draft and "images" in wanted:
-        raise UsageError("--draft: not with annotated pictures (they need every pixel). Add --format coco.")
+    if draft and not wanted.isdisjoint(DRAWN):
+        raise UsageError("--draft: not with annotated pictures or crops (they need every pixel). Add --format coco.")
     if not output:
         raise UsageError("--output: empty. Give a folder.")
+    to_stdout = output == "-"
+    if to_stdout and (len(wanted) != 1 or wanted.isdisjoint(STREAMED)):
+        raise UsageError(
+            f"--output -: takes one format of {', '.join(STREAMED)} (not {formats}). Add --format {STREAMED[1]}."
+        )
     check_model_options(model, device=device, preset=preset)
 
     from ddetr_cli.detect.sources import find_inputs
 
     folder = Path(output)
-    inputs = find_inputs(sources, output=folder)
-    from ddetr_cli.detect.sinks import CocoSink, PicturesSink, prepare_output
+    inputs = find_inputs(sources, output=None if to_stdout else folder)
+    if not to_stdout:
+        from ddetr_cli.detect.sinks.output import prepare_output
 
-    prepare_output(folder, inputs.images, overwrite=overwrite, formats=wanted)
+        prepare_output(folder, inputs.images, overwrite=overwrite, formats=wanted)
 
     from ddetr_cli.detect.run import detect_images
+    from ddetr_cli.detect.sinks.assemble import make_sinks, make_stream_sink
 
     loaded, predictor = open_predictor(
         model,
@@ -141,11 +156,12 @@ def detect(
     if verbose:
         _say_details(loaded, inputs)
 
-    sinks: list[Sink] = []
-    if "coco" in wanted:
-        sinks.append(CocoSink(folder, loaded.classes, _info(loaded, predictor, threshold, draft=draft)))
-    if "images" in wanted:
-        sinks.append(PicturesSink(folder, loaded.classes))
+    sinks: list[Sink]
+    if to_stdout:
+        sinks = [make_stream_sink(console.StdoutFile(), min(wanted), loaded.classes)]
+    else:
+        info = _info(loaded, predictor, threshold, draft=draft)
+        sinks = make_sinks(folder, wanted, loaded.classes, info, max_pixels=max_pixels)
     with (
         console.StopSignals() as stop,
         console.Progress(len(inputs.images), unit="images", description="detect", quiet=quiet) as progress,
@@ -179,7 +195,7 @@ def detect(
     if not quiet or summary.failed:
         tail = f", not reached {summary.unfinished}" if summary.unfinished else ""
         console.say(f"processed {summary.processed}, failed {summary.failed}, skipped {len(inputs.skipped)}{tail}")
-    if not quiet:
+    if not quiet and not to_stdout:
         console.say(f"results in {folder}")
     # A signal that came when the last image was done stopped nothing.
     code = stop.exit_code if summary.unfinished else _exit_code(summary)
@@ -195,9 +211,9 @@ def _exit_code(summary: RunSummary) -> int:
 
 def _parse_formats(text: str) -> frozenset[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in _FORMATS]
+    unknown = [name for name in names if name not in FORMATS]
     if unknown or not names:
-        raise UsageError(f"--format {text!r}: unknown. Choose any of {', '.join(_FORMATS)}.")
+        raise UsageError(f"--format {text!r}: unknown. Choose any of {', '.join(FORMATS)}.")
     return frozenset(names)
 
 

@@ -24,10 +24,10 @@ class DetectFinisher:
     """``detect``'s own way of finishing a picture, for the breakdown into stages."""
 
     def __init__(self, classes: ClassTable, folder: Path) -> None:
-        from ddetr_cli.detect.sinks import CocoSink, PicturesSink
+        from ddetr_cli.detect.sinks.assemble import make_sinks
 
         self._classes = classes
-        self._sinks: list[Sink] = [CocoSink(folder, classes, {}), PicturesSink(folder, classes)]
+        self._sinks: list[Sink] = make_sinks(folder, ("coco", "images"), classes, {})
         self._input = _input(folder / "photo.jpg")
 
     def draw(self, picture: Image, found: ImageDetections) -> tuple[ImageResult, list[bytes | None]]:
@@ -74,14 +74,14 @@ class DetectFolder:
 
         from ddetr_cli.data.formats import MAX_PIXELS
         from ddetr_cli.detect.run import detect_images
-        from ddetr_cli.detect.sinks import CocoSink, PicturesSink
+        from ddetr_cli.detect.sinks.assemble import make_sinks
 
         with TemporaryDirectory(prefix="ddetr-bench-") as name:
             output = Path(name)
             detect_images(
                 self._inputs,
                 predictor,
-                [CocoSink(output, predictor.classes, {}), PicturesSink(output, predictor.classes)],
+                make_sinks(output, ("coco", "images"), predictor.classes, {}),
                 threshold=0.5,
                 max_pixels=MAX_PIXELS,
                 on_result=lambda _: on_picture(),

@@ -61,12 +61,12 @@ def draw_detections(
     boxes_xyxy_px: Sequence[Box],
     labels: Sequence[int],
     scores: Sequence[float],
-    names: Sequence[str],
+    names: Sequence[str] | None,
 ) -> Image.Image:
     """A copy of the RGB ``image``, without metadata, with N boxes clipped to it, best first, and their names.
 
-    ``labels`` choose the colours; ``names`` are N texts. A label stays inside the picture, off other labels where
-    there is room, and is left out where the picture is too small for it.
+    ``labels`` choose the colours; ``names`` are N texts, or None for boxes alone. A label stays inside the picture,
+    off other labels where there is room, and is left out where the picture is too small for it.
     """
     canvas = image.convert("RGB") if image.mode != "RGB" else image.copy()
     canvas.info = {}  # Pillow would write a comment, profile or resolution found here into the file
@@ -75,13 +75,14 @@ def draw_detections(
     line = max(2 if min(width, height) >= 100 else 1, round(min(width, height) / 260))
     shown = [
         (clipped, label, _short(name), f"{score:.2f}")
-        for box, label, score, name in zip(boxes_xyxy_px, labels, scores, names, strict=True)
-        if (clipped := _clip(box, width, height)) is not None
+        for box, label, score, name in zip(boxes_xyxy_px, labels, scores, names or [""] * len(labels), strict=True)
+        if (clipped := clip(box, width, height)) is not None
     ]
     # Worst first, so that the best box lies on top.
     for box, label, _, _ in reversed(shown):
         _draw_box(pen, box, PALETTE[label % len(PALETTE)], line)
-    _draw_labels(pen, shown, canvas.size, _font(_font_size(width, height, len(shown))), line)
+    if names is not None:
+        _draw_labels(pen, shown, canvas.size, load_font(_font_size(width, height, len(shown))), line)
     return canvas
 
 
@@ -157,7 +158,7 @@ def _overlap(a: Box, b: Box) -> bool:
     return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
 
 
-def _clip(box: Box, width: int, height: int) -> Box | None:
+def clip(box: Box, width: int, height: int) -> tuple[int, int, int, int] | None:
     """The part of ``box`` on the picture in whole pixels, at least one; None where it lies wholly outside."""
     x0, y0, x1, y1 = box
     if x1 < 0 or y1 < 0 or x0 > width or y0 > height:
@@ -174,7 +175,8 @@ def _font_size(width: int, height: int, count: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _font(size: int) -> Font:
+def load_font(size: int) -> Font:
+    """The font that comes with Pillow, in letters of ``size`` pixels."""
     return ImageFont.load_default(size)
 
 
@@ -184,8 +186,13 @@ def _ink(background: Colour) -> Colour:
     return _BLACK if luma > 110 else _WHITE
 
 
+def spell(text: str) -> str:
+    """One line of ``text`` in the letters of Pillow's built-in font (ASCII): accents dropped, ? for the rest."""
+    plain = unicodedata.normalize("NFKD", printable(text))
+    return "".join(c if c.isascii() else "?" for c in plain if not unicodedata.combining(c))
+
+
 def _short(name: str) -> str:
-    """A class name fit for a label: one line, in the letters that Pillow's built-in font has (ASCII), not endless."""
-    plain = unicodedata.normalize("NFKD", printable(name[: 4 * _LONGEST_NAME]))
-    text = "".join(c if c.isascii() else "?" for c in plain if not unicodedata.combining(c))
+    """A class name fit for a label, not endless."""
+    text = spell(name[: 4 * _LONGEST_NAME])
     return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 3] + "..."

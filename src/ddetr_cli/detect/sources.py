@@ -13,8 +13,10 @@ from ddetr_cli.errors import NothingUsableError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-# What a run leaves beside its pictures; a folder holding all of it is an earlier run's output.
-PICTURES_FOLDER = "annotated"
+# Pictures that a run writes; they are no inputs.
+PICTURES_FOLDER, CROPS_FOLDER = "annotated", "crops"
+SHEET_FILE = "sheet.jpg"
+# A folder holding all of these is an earlier run's output.
 RESULT_FILES = ("detections.json", "images.json")
 
 
@@ -111,21 +113,21 @@ def _walk(folder: Path, found: Inputs, output: Path | None) -> None:
         within = here.relative_to(folder).as_posix()
         prefix = "" if within == "." else within + "/"
         folders.sort()
+        has_results = all(name in files for name in RESULT_FILES)
         for name in list(folders):
             if (here / name).is_symlink():
                 folders.remove(name)
                 found.skipped.append((here / name, "link to a folder, not followed"))
-            elif name == PICTURES_FOLDER and _is_own_output(here, files, own_pictures):
+            elif (name in (PICTURES_FOLDER, CROPS_FOLDER) and has_results) or (
+                name == PICTURES_FOLDER and own_pictures == os.path.realpath(here / name)
+            ):
                 folders.remove(name)
                 found.skipped.append((here / name, "output of ddetr"))
         for name in files:
-            _sort_file(here / name, prefix + name, found)
-
-
-def _is_own_output(parent: Path, files: list[str], own_pictures: str | None) -> bool:
-    if all(name in files for name in RESULT_FILES):
-        return True
-    return own_pictures is not None and os.path.realpath(parent / PICTURES_FOLDER) == own_pictures
+            if name == SHEET_FILE and has_results:
+                found.skipped.append((here / name, "output of ddetr"))
+            else:
+                _sort_file(here / name, prefix + name, found)
 
 
 def _sort_file(path: Path, name: str, found: Inputs) -> None:
