@@ -152,6 +152,10 @@ def test_when_every_image_is_bad_the_results_are_empty_and_the_exit_code_4(model
         ["--threshold", "-0.1"],
         ["--threshold", "nan"],
         ["--threshold", "much"],
+        ["--threshold", "cat=1.5"],
+        ["--threshold", "=0.5"],
+        ["--classes", ","],
+        ["--top-k", "0"],
         ["--batch-size", "0"],
         ["--batch-size", "-3"],
         ["--batch-size", "1000000000"],
@@ -311,6 +315,47 @@ def test_a_reader_of_stdout_that_goes_away_ends_the_run_without_a_word(
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+def test_classes_scores_and_numbers_choose_what_is_kept(model: str, photos: Path, tmp_path: Path) -> None:
+    assert detect(model, photos, "-o", tmp_path / "all", "-t", 0, "-q") == 0
+    every = detections_in(tmp_path / "all")
+    limit = sorted(float(str(row["score"])) for row in every if row["category_id"] == 7)[20]
+    options = ("-t", 0, "-t", f"7={limit}", "--classes", "cat,7")
+    assert detect(model, photos, "-o", tmp_path / "some", "-q", *options) == 0
+    expected = [
+        row
+        for row in every
+        if row["category_id"] == 1 or (row["category_id"] == 7 and float(str(row["score"])) >= limit)
+    ]
+    assert detections_in(tmp_path / "some") == expected
+    assert len({row["category_id"] for row in expected}) == 2
+    assert detect(model, photos, "-o", tmp_path / "top", "-q", *options, "--top-k", 3) == 0
+    by_image = [[row for row in expected if row["image_id"] == number][:3] for number in (1, 2, 3)]
+    assert detections_in(tmp_path / "top") == [row for rows in by_image for row in rows]
+    info = json.loads((tmp_path / "top/images.json").read_text())["info"]
+    assert (info["threshold"], info["thresholds"], info["classes"], info["top_k"]) == (0, [[7, limit]], [1, 7], 3)
+
+
+def test_one_class_per_box_keeps_every_box_once(model: str, photos: Path, tmp_path: Path) -> None:
+    for name, more in (("all", []), ("one", ["--one-class-per-box"])):
+        assert detect(model, photos, "-o", tmp_path / name, "-t", 0, "-q", *more) == 0
+    every, once = (detections_in(tmp_path / name) for name in ("all", "one"))
+    places = {(row["image_id"], tuple(row["bbox"])) for row in every}  # type: ignore[arg-type]
+    assert len(once) == len(places) < len(every)
+    best: dict[object, dict[str, object]] = {}
+    for row in every:
+        best.setdefault((row["image_id"], tuple(row["bbox"])), row)  # type: ignore[arg-type]
+    assert once == list(best.values())
+
+
+@pytest.mark.parametrize("options", [["--classes", "cat,cst"], ["--threshold", "Cst=0.3"]])
+def test_an_unknown_class_exits_2_with_the_closest_names_and_leaves_nothing(
+    options: list[str], model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert detect(model, photos, "-o", tmp_path / "out", "-q", *options) == 2
+    assert "unknown (the model has no such class). Did you mean cat" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_option_twice_means_the_last_one(model: str, photos: Path, tmp_path: Path) -> None:

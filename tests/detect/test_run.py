@@ -14,6 +14,7 @@ from PIL import Image
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.data.images import read_image
 from ddetr_cli.detect.run import ImageResult, RunSummary, class_counts, detect_images
+from ddetr_cli.detect.selection import Selection
 from ddetr_cli.detect.sources import Input, find_inputs
 from ddetr_cli.errors import DeviceError, OutputError
 from ddetr_cli.inference.ahead import helper_threads
@@ -89,7 +90,7 @@ def run(
         inputs,
         predictor,
         [keeper],
-        threshold=threshold,
+        selection=Selection(threshold),
         max_pixels=10_000,
         draft=draft,
         should_stop=should_stop,
@@ -324,7 +325,7 @@ def test_draft_decodes_large_jpegs_reduced_unless_something_is_drawn(
     keeper = Drawer() if drawing else Keeper()
     inputs = find_inputs([str(tmp_path)]).images
     predictor = Predictor(loaded, device="cpu")
-    detect_images(inputs, predictor, [keeper], threshold=0.0, max_pixels=10**6, draft=True)
+    detect_images(inputs, predictor, [keeper], selection=Selection(0.0), max_pixels=10**6, draft=True)
     assert seen == [decoded]
     assert keeper.results[0].size_wh == (800, 600)
 
@@ -346,6 +347,7 @@ def test_memory_is_no_higher_after_500_images_than_after_50(tmp_path: Path, repo
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from ddetr_cli.detect.run import detect_images\n"
+        "from ddetr_cli.detect.selection import Selection\n"
         "from ddetr_cli.detect.sinks.assemble import make_sinks\n"
         "from ddetr_cli.detect.sinks.formats import FORMATS\n"
         "from ddetr_cli.detect.sources import find_inputs\n"
@@ -355,7 +357,7 @@ def test_memory_is_no_higher_after_500_images_than_after_50(tmp_path: Path, repo
         "sinks = make_sinks(out, FORMATS, loaded.classes, {})\n"
         "peaks = []\n"
         "detect_images(\n"
-        "    find_inputs([sys.argv[1]]).images, Predictor(loaded, device='cpu'), sinks, threshold=0.3,\n"
+        "    find_inputs([sys.argv[1]]).images, Predictor(loaded, device='cpu'), sinks, selection=Selection(0.3),\n"
         "    max_pixels=10**7,\n"
         "    on_result=lambda _: peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss),\n"
         ")\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +23,7 @@ from ddetr_cli.cli.predictor import (
     open_predictor,
 )
 from ddetr_cli.data.formats import MAX_PIXELS
+from ddetr_cli.detect.selection import make_selection, parse_thresholds
 from ddetr_cli.detect.sinks.formats import DRAWN, FORMATS, STREAMED
 from ddetr_cli.errors import UsageError
 from ddetr_cli.presets import FASTER_RCNN
@@ -33,18 +33,12 @@ if TYPE_CHECKING:
 
     from ddetr_cli.classes import ClassTable
     from ddetr_cli.detect.run import ImageResult, RunSummary, Sink
+    from ddetr_cli.detect.selection import Selection
     from ddetr_cli.detect.sources import Inputs
     from ddetr_cli.inference.predictor import Predictor
     from ddetr_cli.weights import LoadedModel
 
 _SHOWN_CLASSES = 20
-
-
-def _check_threshold(value: float) -> float:
-    # Typer's own range lets NaN through: every comparison with it is false.
-    if math.isnan(value) or not 0 <= value <= 1:
-        raise typer.BadParameter(f"{value} is not in the range 0 to 1.")
-    return value
 
 
 def detect(
@@ -66,16 +60,37 @@ def detect(
         bool,
         typer.Option("--overwrite", help="Replace the results of an earlier run in --output; touch nothing else."),
     ] = False,
-    threshold: Annotated[
-        float,
+    thresholds: Annotated[
+        list[str] | None,
         typer.Option(
             "--threshold",
             "-t",
-            callback=_check_threshold,
-            metavar="0..1",
-            help="Keep detections scoring at least this; 0 keeps everything the model gives (100 per image at most).",
+            metavar="[CLASS=]0..1",
+            show_default="0.5",
+            help="Keep detections scoring at least this; 0 keeps everything the model gives (100 per image at most). "
+            "Again with CLASS=, by name or id: another one for that class.",
         ),
-    ] = 0.5,
+    ] = None,
+    class_list: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            metavar="LIST",
+            show_default="all",
+            help="Keep only these: names or ids, separated by commas.",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=1, show_default="all", help="Keep at most so many of a picture, the best."),
+    ] = None,
+    one_class_per_box: Annotated[
+        bool,
+        typer.Option(
+            "--one-class-per-box",
+            help="Where the model gives one box several classes, keep the best of them (before --classes).",
+        ),
+    ] = False,
     formats: Annotated[
         str,
         typer.Option(
@@ -118,6 +133,10 @@ def detect(
     if quiet and verbose:
         raise UsageError("--quiet and --verbose: contradict each other. Give one.")
     wanted = _parse_formats(formats)
+    threshold, by_class = parse_thresholds(thresholds or (), default=0.5)
+    names = None if class_list is None else [name.strip() for name in class_list.split(",") if name.strip()]
+    if names == []:
+        raise UsageError("--classes: empty. Give names or ids, or leave it out.")
     if draft and not wanted.isdisjoint(DRAWN):
         raise UsageError("--draft: not with annotated pictures or crops (they need every pixel). Add --format coco.")
     if not output:
@@ -151,6 +170,9 @@ def detect(
         batch_size=batch_size,
         quiet=quiet,
     )
+    selection = make_selection(
+        loaded.classes, threshold, by_class, names, top=top_k, one_class_per_box=one_class_per_box
+    )
     if draft and loaded.config.family == FASTER_RCNN:
         raise UsageError("--draft: not for Faster R-CNN (it resizes without smoothing). Leave it out.")
     if verbose:
@@ -160,7 +182,7 @@ def detect(
     if to_stdout:
         sinks = [make_stream_sink(console.StdoutFile(), min(wanted), loaded.classes)]
     else:
-        info = _info(loaded, predictor, threshold, draft=draft)
+        info = _info(loaded, predictor, selection, draft=draft)
         sinks = make_sinks(folder, wanted, loaded.classes, info, max_pixels=max_pixels)
     with (
         console.StopSignals() as stop,
@@ -184,14 +206,14 @@ def detect(
             inputs.images,
             predictor,
             sinks,
-            threshold=threshold,
+            selection=selection,
             max_pixels=max_pixels,
             draft=draft,
             on_result=report,
             should_stop=lambda: stop.requested,
         )
     if not quiet:
-        _show_summary(summary, loaded.classes, threshold)
+        _show_summary(summary, loaded.classes, selection)
     if not quiet or summary.failed:
         tail = f", not reached {summary.unfinished}" if summary.unfinished else ""
         console.say(f"processed {summary.processed}, failed {summary.failed}, skipped {len(inputs.skipped)}{tail}")
@@ -217,7 +239,7 @@ def _parse_formats(text: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def _info(loaded: LoadedModel, predictor: Predictor, threshold: float, *, draft: bool) -> dict[str, object]:
+def _info(loaded: LoadedModel, predictor: Predictor, selection: Selection, *, draft: bool) -> dict[str, object]:
     """``info`` of images.json: what made these results. No date, so that equal runs give equal files."""
     from ddetr_cli import __version__
 
@@ -231,7 +253,7 @@ def _info(loaded: LoadedModel, predictor: Predictor, threshold: float, *, draft:
         "preprocess": predictor.prepare.preprocess,
         "draft": draft,
         "precision": predictor.precision,
-        "threshold": threshold,
+        **selection.to_json(loaded.classes),
     }
 
 
@@ -254,7 +276,7 @@ def _line(result: ImageResult, classes: ClassTable) -> str:
     return f"{result.input.path}: {width}x{height}, {found or 'nothing'}, {result.seconds:.2f} s"
 
 
-def _show_summary(summary: RunSummary, classes: ClassTable, threshold: float) -> None:
+def _show_summary(summary: RunSummary, classes: ClassTable, selection: Selection) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -264,7 +286,8 @@ def _show_summary(summary: RunSummary, classes: ClassTable, threshold: float) ->
     images = f"{summary.processed} image{'' if summary.processed == 1 else 's'}"
     pace = f", {summary.seconds / summary.processed:.2f} s each" if summary.processed else ""
     table = Table()
-    table.add_column(f"class (score >= {threshold:g})")
+    own = "".join(f", {printable(classes.name(i))} {value:g}" for i, value in sorted(selection.thresholds.items()))
+    table.add_column(Text(f"class (score >= {selection.threshold:g}{own})"))
     table.add_column("count", justify="right")
     counts = class_counts(summary, classes)
     for name, count in counts[:_SHOWN_CLASSES]:

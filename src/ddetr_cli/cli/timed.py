@@ -74,6 +74,7 @@ class DetectFolder:
 
         from ddetr_cli.data.formats import MAX_PIXELS
         from ddetr_cli.detect.run import detect_images
+        from ddetr_cli.detect.selection import Selection
         from ddetr_cli.detect.sinks.assemble import make_sinks
 
         with TemporaryDirectory(prefix="ddetr-bench-") as name:
@@ -82,7 +83,7 @@ class DetectFolder:
                 self._inputs,
                 predictor,
                 make_sinks(output, ("coco", "images"), predictor.classes, {}),
-                threshold=0.5,
+                selection=Selection(),
                 max_pixels=MAX_PIXELS,
                 on_result=lambda _: on_picture(),
             )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ddetr_cli.classes import ClassTable
+    from ddetr_cli.detect.selection import Selection
     from ddetr_cli.detect.sources import Input
     from ddetr_cli.inference.predictor import ImageDetections, Predictor
     from ddetr_cli.inference.preparation import Prepared
@@ -38,7 +39,7 @@ _WINDOW_BYTES = 800_000_000
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One input when it is finished: its detections above the threshold, or why it failed."""
+    """One input when it is finished: its detections that were kept, or why it failed."""
 
     input: Input
     image_id: int
@@ -86,7 +87,7 @@ def detect_images(
     predictor: Predictor,
     sinks: Sequence[Sink],
     *,
-    threshold: float,
+    selection: Selection,
     max_pixels: int,
     draft: bool = False,
     on_result: Callable[[ImageResult], None] = lambda _: None,
@@ -94,10 +95,10 @@ def detect_images(
 ) -> RunSummary:
     """Run ``predictor`` over ``inputs`` and give every result to ``sinks``, then to ``on_result``, in input order.
 
-    Detections scoring ``threshold`` or more are kept. With ``draft`` large JPEGs are decoded at reduced size, unless
-    a sink draws. When ``should_stop`` says so the run ends after the images in work; what was not reached is recorded
-    as failed and the sinks are finished, as they are when the device fails for good (DeviceError). Raises OutputError
-    from a sink, with all sinks abandoned.
+    Of the detections those that ``selection`` keeps are results. With ``draft`` large JPEGs are decoded at reduced
+    size, unless a sink draws. When ``should_stop`` says so the run ends after the images in work; what was not
+    reached is recorded as failed and the sinks are finished, as they are when the device fails for good (DeviceError). Raises
+    OutputError from a sink, with all sinks abandoned.
     """
     start = time.perf_counter()
     ids = assign_image_ids([item.name for item in inputs])
@@ -111,7 +112,7 @@ def detect_images(
     try:
         try:
             for window in _windows(pool, reader, zip(inputs, ids, strict=True), predictor):
-                for result, picture in _predict_window(window, predictor, threshold):
+                for result, picture in _predict_window(window, predictor, selection):
                     keeper.take(result, picture)
                     done += 1
                     keeper.hand_on(left=threads)
@@ -264,7 +265,7 @@ def _windows(
 
 
 def _predict_window(
-    window: Sequence[_Read], predictor: Predictor, threshold: float
+    window: Sequence[_Read], predictor: Predictor, selection: Selection
 ) -> Iterator[tuple[ImageResult, Image.Image | None]]:
     ready = [read.prepared for read in window if read.prepared is not None]
     start = time.perf_counter()
@@ -278,7 +279,7 @@ def _predict_window(
         if isinstance(outcome, str):
             yield ImageResult(read.item, read.image_id, read.size_wh, failure=outcome, seconds=seconds), None
         else:
-            yield _result(read, outcome, threshold, seconds), read.picture
+            yield _result(read, selection(outcome), seconds), read.picture
 
 
 def _predict(ready: Sequence[Prepared], predictor: Predictor) -> list[ImageDetections | str]:
@@ -300,15 +301,14 @@ def _defect(error: Exception) -> str:
     return f"internal error: {type(error).__name__}: {error} (a bug in ddetr). Please report it."
 
 
-def _result(read: _Read, found: ImageDetections, threshold: float, seconds: float) -> ImageResult:
-    is_kept = found.scores >= threshold
+def _result(read: _Read, found: ImageDetections, seconds: float) -> ImageResult:
     return ImageResult(
         read.item,
         read.image_id,
         read.size_wh,
-        [tuple(box) for box in found.boxes_xyxy_px[is_kept].tolist()],
-        found.scores[is_kept].tolist(),
-        found.labels[is_kept].tolist(),
+        [tuple(box) for box in found.boxes_xyxy_px.tolist()],
+        found.scores.tolist(),
+        found.labels.tolist(),
         dropped=found.dropped,
         seconds=seconds,
     )
