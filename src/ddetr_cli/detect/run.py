@@ -97,8 +97,8 @@ def detect_images(
 
     Of the detections those that ``selection`` keeps are results. With ``draft`` large JPEGs are decoded at reduced
     size, unless a sink draws. When ``should_stop`` says so the run ends after the images in work; what was not
-    reached is recorded as failed and the sinks are finished, as they are when the device fails for good (DeviceError). Raises
-    OutputError from a sink, with all sinks abandoned.
+    reached is recorded as failed and the sinks are finished, as they are when the device fails for good
+    (DeviceError). Raises OutputError from a sink, with all sinks abandoned.
     """
     start = time.perf_counter()
     ids = assign_image_ids([item.name for item in inputs])
