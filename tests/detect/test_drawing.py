@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddetr_cli.detect.drawing import PALETTE, draw_detections
+from ddetr_cli.detect.drawing import PALETTE, draw_detections, label_name, spell
 
 GREY = (128, 128, 128)
 
@@ -70,7 +70,7 @@ def test_a_box_of_no_size_is_still_a_dot() -> None:
 
 
 def test_a_label_of_a_box_in_any_corner_stays_inside_the_picture() -> None:
-    for x, y in ((0, 0), (380, 0), (0, 280), (380, 280)):
+    for x, y in ((0, 0), (379, 0), (0, 279), (379, 279)):
         image = picture(400, 300)
         box = (float(x), float(y), float(x + 20), float(y + 20))
         marks = changed(image, draw_detections(image, [box], [4], [0.87], ["person"]))
@@ -124,7 +124,102 @@ def test_no_metadata_of_the_original_is_left() -> None:
     assert draw_detections(image, [], [], [], []).info == {}
 
 
-def test_colours_are_distinct_and_repeat_for_many_classes() -> None:
-    assert len(set(PALETTE)) == 7
+def test_classes_beyond_the_palette_repeat_its_colours() -> None:
     drawn = draw_detections(picture(100, 100), [(10.0, 40.0, 90.0, 90.0)], [90], [0.9], ["toothbrush"])
-    assert drawn.getpixel((10, 90)) == PALETTE[90 % 7]
+    assert drawn.getpixel((10, 90)) == PALETTE[90 % len(PALETTE)]
+
+
+# What each sees of linear RGB. Source: Machado, Oliveira and Fernandes, 2009, severity 1.
+VISION = {
+    "full": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_any_two_colours_look_different_under_every_common_colour_blindness(vision: str) -> None:
+    values = np.array(PALETTE) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(VISION[vision]).T, 0, 1)
+    ratio = seen @ np.array(XYZ).T / (0.95047, 1.0, 1.08883)
+    f = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116)
+    lab = np.stack((116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])), axis=1)
+    distances = np.linalg.norm(lab[:, None] - lab, axis=-1)
+    assert distances[np.triu_indices(len(PALETTE), 1)].min() > 15
+
+
+def test_letters_stand_out_from_every_colour_of_a_label() -> None:
+    for label in range(len(PALETTE)):
+        drawn = np.asarray(
+            draw_detections(picture(640, 480), [(200.0, 200.0, 300.0, 300.0)], [label], [0.9], ["dog"])
+        )
+        chip = drawn[183:197, 203:230].reshape(-1, 3).astype(float) / 255
+        linear = np.where(chip <= 0.04045, chip / 12.92, ((chip + 0.055) / 1.055) ** 2.4)
+        luminance = np.sort(linear @ (0.2126, 0.7152, 0.0722))
+        assert (luminance[-1] + 0.05) / (luminance[0] + 0.05) > 4.5  # WCAG 2, level AA
+
+
+def boxes_of_a_crowd(width: int, height: int) -> list[tuple[float, float, float, float]]:
+    source = random.Random(7)
+    corners = [(source.uniform(0, width - 40), source.uniform(0, height - 40)) for _ in range(300)]
+    return [(x, y, x + source.uniform(12, 60), y + source.uniform(12, 60)) for x, y in corners]
+
+
+def test_in_a_crowd_no_label_covers_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import ImageDraw
+
+    chips: list[tuple[float, float, float, float]] = []
+    rectangle = ImageDraw.ImageDraw.rectangle
+
+    def note(self: ImageDraw.ImageDraw, xy: tuple[float, float, float, float], *args: object, **more: object) -> None:
+        if more.get("fill") is not None:
+            chips.append(xy)
+        rectangle(self, xy, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "rectangle", note)
+    boxes = boxes_of_a_crowd(1000, 800)
+    draw_detections(picture(1000, 800), boxes, [0] * 300, [0.9] * 300, ["tree"] * 300)
+    assert 100 < len(chips) <= 300
+    for index, (x0, y0, x1, y1) in enumerate(chips):
+        assert 0 <= x0 < x1 < 1000
+        assert 0 <= y0 < y1 < 800
+        assert not any(x0 <= b[2] and b[0] <= x1 and y0 <= b[3] and b[1] <= y1 for b in chips[:index])
+
+
+def test_in_a_crowd_labels_are_set_smaller_than_alone() -> None:
+    def label_rows(boxes: list[tuple[float, float, float, float]]) -> int:
+        image = picture(1600, 1200)
+        drawn = draw_detections(image, boxes, [0] * len(boxes), [0.9] * len(boxes), ["tree"] * len(boxes))
+        return int(changed(image, drawn)[500:599, 700:730].any(axis=1).sum())
+
+    one = (700.0, 600.0, 730.0, 630.0)
+    crowd = [(float(x), 1000.0, float(x + 30), 1030.0) for x in range(0, 1500, 50)]
+    assert label_rows([one, *crowd]) < 0.6 * label_rows([one])
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("猫", "class 7"),
+        ("Велосипед", "class 7"),
+        ("Größe", "Größe"),
+        ("cat 猫 or so", "cat 猫 or so"),
+        ("what?", "what?"),
+    ],
+)
+def test_a_name_in_letters_the_font_has_not_is_shown_as_its_id(name: str, label: str) -> None:
+    assert label_name(name, 7) == label
+
+
+def test_latin_letters_are_spelled_without_their_accents() -> None:
+    assert spell("Größe Łódź smørrebrød 猫") == "Grosse Lodz smorrebrod ?"
+
+
+def test_without_names_there_are_boxes_alone() -> None:
+    image = picture(400, 300)
+    marks = changed(image, draw_detections(image, [(100.0, 100.0, 300.0, 200.0)], [0], [0.9], None))
+    assert not marks[:100].any()
+    assert marks[100].any()

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ddetr_cli.atomic import write_atomically
-from ddetr_cli.detect.drawing import clip, draw_detections
+from ddetr_cli.detect.drawing import clip, draw_detections, label_name
 from ddetr_cli.detect.sinks.names import KEPT_SUFFIXES, Stale, picture_name
 from ddetr_cli.detect.sources import CROPS_FOLDER, PICTURES_FOLDER
 
@@ -30,7 +30,8 @@ class PicturesSink:
 
     def __init__(self, output: Path, classes: ClassTable) -> None:
         self._folder = output / PICTURES_FOLDER
-        self._classes = classes
+        ids = classes.category_ids
+        self._names = [label_name(classes.name(index), ids[index]) for index in range(len(classes))]
         self._stale = Stale(output, self._folder, picture_name)
 
     def render(self, result: ImageResult, picture: Image.Image) -> bytes:
@@ -40,7 +41,7 @@ class PicturesSink:
             result.boxes_xyxy_px,
             result.labels,
             result.scores,
-            [self._classes.name(label) for label in result.labels],
+            [self._names[label] for label in result.labels],
         )
         suffix = PurePosixPath(picture_name(result.input.name)).suffix.lower()
         return _encode(drawn, KEPT_SUFFIXES[suffix])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw
 
 from ddetr_cli.atomic import write_atomically
-from ddetr_cli.detect.drawing import PALETTE, draw_detections, load_font, spell
+from ddetr_cli.detect.drawing import PALETTE, draw_detections, label_name, load_font, spell
 from ddetr_cli.detect.sources import SHEET_FILE
 from ddetr_cli.errors import ImageError
 
@@ -41,7 +41,8 @@ class SheetSink:
 
     def __init__(self, output: Path, classes: ClassTable, read: Callable[[Input], Image.Image]) -> None:
         self._path = output / SHEET_FILE
-        self._classes = classes
+        ids = classes.category_ids
+        self._names = [label_name(classes.name(index), ids[index]) for index in range(len(classes))]
         self._read = read
         self._kept: list[ImageResult] = []
         self._every = 1  # of the pictures that could be read, how many there are for one that is kept
@@ -107,7 +108,7 @@ class SheetSink:
         drawn = self._thumbnail(result, room)
         sheet.paste(drawn, (left + (room[0] - drawn.width) // 2, top + (room[1] - drawn.height) // 2))
         counts = Counter(result.labels).most_common()
-        found = ", ".join(f"{count} {self._classes.name(label)}" for label, count in counts) or "nothing found"
+        found = ", ".join(f"{count} {self._names[label]}" for label, count in counts) or "nothing found"
         for line, (text, ink) in enumerate(((PurePosixPath(result.input.name).name, _INK), (found, _DIM))):
             shown = _fit(text, room[0])
             pen.text((left, top + room[1] + 2 + line * _LINE), shown, fill=ink, font=load_font(_FONT))
@@ -137,7 +138,7 @@ class SheetSink:
             (f"{shown}{pictures} picture{'' if pictures == 1 else 's'}{failed}; {total} detections", None)
         ]
         for label, count in sorted(self._counts.items(), key=lambda pair: (-pair[1], pair[0])):
-            text = _fit(f"{count} {self._classes.name(label)}", width / 3)
+            text = _fit(f"{count} {self._names[label]}", width / 3)
             entries.append((text, PALETTE[label % len(PALETTE)]))
         lines: list[list[tuple[str, tuple[int, int, int] | None]]] = [[]]
         x = 0.0
