@@ -156,6 +156,9 @@ def test_when_every_image_is_bad_the_results_are_empty_and_the_exit_code_4(model
         ["--threshold", "=0.5"],
         ["--classes", ","],
         ["--top-k", "0"],
+        ["--tiles", "31"],
+        ["--tile-overlap", "0.95"],
+        ["--tiles", "640", "--draft", "--format", "coco"],
         ["--batch-size", "0"],
         ["--batch-size", "-3"],
         ["--batch-size", "1000000000"],
@@ -492,3 +495,21 @@ def test_draft_changes_nothing_for_pictures_that_are_small_or_no_jpegs(
     for name, options in (("whole", []), ("draft", ["--draft"])):
         assert detect(model, photos, "-o", tmp_path / name, "-t", 0, "-q", "--format", "coco", *options) == 0
     assert detections_in(tmp_path / "draft") == detections_in(tmp_path / "whole")
+
+
+def test_tiles_find_more_in_large_pictures_are_on_record_and_change_nothing_for_small_ones(
+    model: str, photos: Path, tmp_path: Path
+) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
+    Image.fromarray(values).save(photos / "large.png")
+    assert detect(model, photos, "-o", tmp_path / "plain", "-t", 0, "-q") == 0
+    for batch_size in (1, 8):
+        output = tmp_path / f"{batch_size}"
+        assert detect(model, photos, "-o", output, "-t", 0, "-q", "--tiles", 80, "-b", batch_size) == 0
+    plain, tiled = detections_in(tmp_path / "plain"), detections_in(tmp_path / "1")
+    (number,) = (image["id"] for image in images_in(tmp_path / "1") if image["file_name"] == "large.png")
+    assert [row for row in tiled if row["image_id"] != number] == [row for row in plain if row["image_id"] != number]
+    assert len([row for row in tiled if row["image_id"] == number]) > 200
+    assert (tmp_path / "1/detections.json").read_bytes() == (tmp_path / "8/detections.json").read_bytes()
+    assert json.loads((tmp_path / "1/images.json").read_text())["info"]["tiles"] == [80, 0.25]
+    assert json.loads((tmp_path / "plain/images.json").read_text())["info"]["tiles"] is None

@@ -169,3 +169,14 @@ def test_a_device_that_is_not_there_is_refused(model: Path) -> None:
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(DeviceError, match="cuda:0: not available"):
         Detector(model, device="cuda:0")
+
+
+def test_tiles_are_those_of_the_predictor(model: Path, loaded: LoadedModel) -> None:
+    from ddetr_cli.inference.tiles import Tiling
+
+    image = picture(size=(150, 90))
+    tiled = Detector(model, device="cpu", threshold=0.0, tiles=64, tile_overlap=0.5).detect(image)
+    (expected,) = Predictor(loaded, device="cpu", tiles=Tiling(64, 0.5)).predict([image])
+    assert [one.score for one in tiled] == expected.scores.tolist()
+    with pytest.raises(UsageError, match="too small"):
+        Detector(model, device="cpu", tiles=10)

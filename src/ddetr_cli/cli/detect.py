@@ -106,6 +106,23 @@ def detect(
     precision: Precision = "auto",
     image_size: ImageSize = None,
     preprocess: Preprocess = "original",
+    tiles: Annotated[
+        int | None,
+        typer.Option(
+            "--tiles",
+            min=32,
+            metavar="PX",
+            show_default="off",
+            help="Look at larger pictures in overlapping tiles of this size as well, for small objects. As large as "
+            "--image-size: at their own resolution.",
+        ),
+    ] = None,
+    tile_overlap: Annotated[
+        float,
+        typer.Option(
+            "--tile-overlap", min=0, max=0.9, help="What neighbours share, of a tile; larger than the small objects."
+        ),
+    ] = 0.25,
     draft: Annotated[
         bool,
         typer.Option(
@@ -139,6 +156,8 @@ def detect(
         raise UsageError("--classes: empty. Give names or ids, or leave it out.")
     if draft and not wanted.isdisjoint(DRAWN):
         raise UsageError("--draft: not with annotated pictures or crops (they need every pixel). Add --format coco.")
+    if draft and tiles is not None:
+        raise UsageError("--draft: not with --tiles (they need every pixel). Leave one out.")
     if not output:
         raise UsageError("--output: empty. Give a folder.")
     to_stdout = output == "-"
@@ -159,6 +178,7 @@ def detect(
 
     from ddetr_cli.detect.run import detect_images
     from ddetr_cli.detect.sinks.assemble import make_sinks, make_stream_sink
+    from ddetr_cli.inference.tiles import Tiling
 
     loaded, predictor = open_predictor(
         model,
@@ -168,6 +188,7 @@ def detect(
         image_size=image_size,
         preprocess=preprocess,
         batch_size=batch_size,
+        tiles=None if tiles is None else Tiling(tiles, tile_overlap),
         quiet=quiet,
     )
     selection = make_selection(
@@ -243,6 +264,7 @@ def _info(loaded: LoadedModel, predictor: Predictor, selection: Selection, *, dr
     """``info`` of images.json: what made these results. No date, so that equal runs give equal files."""
     from ddetr_cli import __version__
 
+    tiling = predictor.prepare.tiles
     return {
         "description": "ddetr detect",
         "version": __version__,
@@ -251,6 +273,7 @@ def _info(loaded: LoadedModel, predictor: Predictor, selection: Selection, *, dr
         "preset": loaded.config.preset,
         "image_size": predictor.image_size,
         "preprocess": predictor.prepare.preprocess,
+        "tiles": None if tiling is None else [tiling.size, tiling.overlap],
         "draft": draft,
         "precision": predictor.precision,
         **selection.to_json(loaded.classes),

@@ -15,6 +15,7 @@ from ddetr_cli.presets import LARGEST_IMAGE_SIZE, SMALLEST_IMAGE_SIZE
 
 if TYPE_CHECKING:
     from ddetr_cli.inference.predictor import Predictor
+    from ddetr_cli.inference.tiles import Tiling
     from ddetr_cli.weights import LoadedModel
 
 DEFAULT_MODEL = "r50"
@@ -80,6 +81,7 @@ def open_predictor(
     image_size: int | None,
     preprocess: Literal["original", "hf"],
     batch_size: int,
+    tiles: Tiling | None = None,
     quiet: bool = False,
 ) -> tuple[LoadedModel, Predictor]:
     """The model and its predictor on the device; tells on stderr what was loaded and how it will compute."""
@@ -101,6 +103,7 @@ def open_predictor(
         precision=precision,
         image_size=image_size,
         preprocess=preprocess,
+        tiles=tiles,
         batch_size=batch_size,
         on_notice=console.say_warning,
     )

@@ -16,6 +16,7 @@ from ddetr_cli.inference.ahead import helper_threads, map_ahead
 from ddetr_cli.inference.device import resolve_device
 from ddetr_cli.inference.predictor import Predictor
 from ddetr_cli.inference.results import Box, Detection, Detections
+from ddetr_cli.inference.tiles import DEFAULT_OVERLAP, Tiling
 from ddetr_cli.weights import load_model
 
 if TYPE_CHECKING:
@@ -49,9 +50,12 @@ class Detector:
         batch_size: int = 8,
         preset: str | None = None,
         max_pixels: int = MAX_PIXELS,
+        tiles: int | None = None,
+        tile_overlap: float = DEFAULT_OVERLAP,
     ) -> None:
         if not 0 <= threshold <= 1:
             raise UsageError(f"threshold {threshold}: not a score. Give a number from 0 to 1.")
+        tiling = None if tiles is None else Tiling(tiles, tile_overlap)
         # First, because it takes an instant to refuse a device and minutes to download a model.
         resolved = resolve_device(device, on_notice=_log.warning)
         loaded = load_model(os.fspath(model), preset=preset, announce=_log.info)
@@ -66,6 +70,7 @@ class Detector:
             precision=precision,
             image_size=image_size,
             preprocess=preprocess,
+            tiles=tiling,
             batch_size=batch_size,
             on_notice=_log.warning,
         )

@@ -10,15 +10,18 @@ CPU every image runs alone, so its result is bit-identical whatever its neighbou
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ddetr_cli.errors import DeviceError, UsageError
+from ddetr_cli.inference.ahead import helper_threads, map_ahead
 from ddetr_cli.inference.device import resolve_device
 from ddetr_cli.inference.fast import accelerate, best_precision
 from ddetr_cli.inference.preparation import Preparation, Prepared, Preprocess
@@ -28,9 +31,8 @@ from ddetr_cli.presets import LARGEST_IMAGE_SIZE, SMALLEST_IMAGE_SIZE
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from PIL.Image import Image
-
     from ddetr_cli.classes import ClassTable
+    from ddetr_cli.inference.tiles import Tiling, View
     from ddetr_cli.model.detector import DetectorOutput
     from ddetr_cli.model.faster_rcnn import SuppressedOutput
     from ddetr_cli.presets import ModelConfig
@@ -70,8 +72,9 @@ class Predictor:
     that ``fast.accelerate`` takes runs there, with its weights as they are now; elsewhere bf16 and fp16 run under
     autocast. Scores and boxes are always computed in fp32. ``image_size`` is the short side the model sees, its own
     by default; the long side is capped at 1333/800 of it, by the size rule of the authors or, with ``preprocess``
-    "hf", of transformers. ``batch_size`` bounds what shares one run on a GPU; running out of memory halves it, which
-    is reported to ``on_notice`` once. Raises UsageError and DeviceError.
+    "hf", of transformers. With ``tiles`` large pictures are looked at in parts as well. ``batch_size`` bounds what
+    shares one run on a GPU; running out of memory halves it, which is reported to ``on_notice`` once. Raises
+    UsageError and DeviceError.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Predictor:
         precision: str = "auto",
         image_size: int | None = None,
         preprocess: Preprocess = "original",
+        tiles: Tiling | None = None,
         batch_size: int = 8,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
@@ -95,7 +99,7 @@ class Predictor:
             )
         self.device = device if isinstance(device, torch.device) else resolve_device(device, on_notice=on_notice)
         self.image_size = loaded.config.image_size if image_size is None else image_size
-        self.prepare = Preparation(loaded.config.family, self.image_size, preprocess)
+        self.prepare = Preparation(loaded.config.family, self.image_size, preprocess, tiles)
         self.batch_size = 1 if self.device.type == "cpu" else batch_size
         self.classes = loaded.classes
         self._family = loaded.config.family
@@ -108,7 +112,7 @@ class Predictor:
         self._on_notice = on_notice
         self._has_told_of_memory = False
 
-    def predict(self, images: Sequence[Image]) -> list[ImageDetections]:
+    def predict(self, images: Sequence[Image.Image]) -> list[ImageDetections]:
         """Detections of upright RGB pictures of any sizes, in their order. Raises DeviceError."""
         found = []
         for result in self.predict_each(images):
@@ -117,12 +121,40 @@ class Predictor:
             found.append(result)
         return found
 
-    def predict_each(self, images: Sequence[Image]) -> list[ImageDetections | DeviceError]:
+    def predict_each(self, images: Sequence[Image.Image]) -> list[ImageDetections | DeviceError]:
         """As ``predict``, but an image that does not fit into memory even alone yields the error in its place."""
         return self.predict_prepared([self.prepare(image) for image in images])
 
     def predict_prepared(self, images: Sequence[Prepared]) -> list[ImageDetections | DeviceError]:
         """As ``predict_each``, of pictures that went through ``prepare``."""
+        single = iter(self._predict_single([image for image in images if image.whole is None]))
+        return [next(single) if image.whole is None else self._predict_tiles(image) for image in images]
+
+    def _predict_tiles(self, picture: Prepared) -> ImageDetections | DeviceError:
+        """Detections of a picture that goes in tiles; of these only a few are in memory as the model sees them."""
+        tiling, prepare = self.prepare.tiles, replace(self.prepare, tiles=None)
+        assert tiling is not None
+        assert picture.whole is not None
+        views = tiling.views(picture.size_hw[1], picture.size_hw[0])
+        pixels = picture.pixels.numpy()
+
+        def cut(view: View) -> Prepared:
+            return prepare(Image.fromarray(pixels[view.top : view.bottom, view.left : view.right]))
+
+        threads = helper_threads(self.device.type)
+        found: list[ImageDetections] = []
+        with ThreadPoolExecutor(threads, thread_name_prefix="ddetr-tiles") as pool:
+            tiles = map_ahead(pool, cut, views[1:], max(threads, self.batch_size))
+            batch = [picture.whole]
+            while batch:
+                for outcome in self._predict_single(batch):
+                    if isinstance(outcome, DeviceError):
+                        return outcome
+                    found.append(outcome)
+                batch = list(islice(tiles, self.batch_size))
+        return tiling.merge(views, found)
+
+    def _predict_single(self, images: Sequence[Prepared]) -> list[ImageDetections | DeviceError]:
         groups: dict[torch.Size, list[int]] = {}
         for index, image in enumerate(images):
             groups.setdefault(image.pixels.shape, []).append(index)

@@ -6,7 +6,7 @@ Everything here may run on any thread, beside the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -21,28 +21,36 @@ from ddetr_cli.presets import FASTER_RCNN
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ddetr_cli.inference.tiles import Tiling
+
 Preprocess = Literal["original", "hf"]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One picture ready for the model: normalised float32 pixels (3,h,w), and the picture's own (height, width)."""
+    """One picture ready for the model: normalised float32 pixels (3,h,w), and the picture's own (height, width).
+
+    One that goes in tiles: its own uint8 pixels (H,W,3), of which tiles are made one by one, and its ``whole`` view.
+    """
 
     pixels: Tensor
     size_hw: tuple[int, int]
+    whole: Prepared | None = None
 
 
 @dataclass(frozen=True)
 class Preparation:
     """How pictures become pixels for the models of one family: the short side in pixels, and whose size rule.
 
-    ``hf`` is that of transformers, which the DETR families have; Faster R-CNN is prepared as torchvision does it.
-    Raises UsageError for a rule that is unknown or not the family's.
+    With ``tiles`` pictures larger than one are not resized, except for the whole view of them. ``hf`` is that of
+    transformers, which the DETR families have; Faster R-CNN is prepared as torchvision does it. Raises UsageError for
+    a rule that is unknown or not the family's.
     """
 
     family: str
     image_size: int
     preprocess: Preprocess = "original"
+    tiles: Tiling | None = None
 
     def __post_init__(self) -> None:
         if self.preprocess not in get_args(Preprocess):
@@ -53,6 +61,9 @@ class Preparation:
     def __call__(self, image: Image, size_hw: tuple[int, int] | None = None) -> Prepared:
         """What the model sees of an upright RGB picture; ``size_hw``: of the whole, where ``image`` is reduced."""
         size_hw = (image.height, image.width) if size_hw is None else size_hw
+        if self.tiles is not None and len(self.tiles.views(image.width, image.height)) > 1:
+            # np.array, not asarray: torch wants memory it may write to.
+            return Prepared(torch.from_numpy(np.array(image)), size_hw, replace(self, tiles=None)(image))
         if self.family == FASTER_RCNN:
             return Prepared(_torchvision_pixels(image, self.image_size), size_hw)
         seen_hw = network_size(size_hw[1], size_hw[0], self.image_size, rule=self.preprocess)
