@@ -143,11 +143,16 @@ def ignores_case(folder: Path) -> bool:
             lower.unlink()
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name is the temporary one of a run, perhaps killed."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files that a killed run left below ``folder``."""
     for current, _, files in os.walk(folder):
         for name in files:
-            if _TEMPORARY.fullmatch(name):
+            if is_leftover(name):
                 with suppress(OSError):
                     Path(current, name).unlink()
 

@@ -48,6 +48,8 @@ def test_detect_writes_results_images_and_a_mirrored_tree_and_keeps_stdout_empty
         "annotated/sub/c.tif.jpg",
         "detections.json",
         "images.json",
+        "journal.jsonl",
+        "run.json",
     ]
     assert [(i["id"], i["file_name"], i["width"], i["height"]) for i in images_in(output)] == [
         (1, "a.jpg", 64, 48),
@@ -232,10 +234,10 @@ def test_an_output_inside_the_input_is_never_an_input_and_no_input_changes(
 
 def test_format_chooses_what_is_written(model: str, photos: Path, tmp_path: Path) -> None:
     assert detect(model, photos, "-o", tmp_path / "c", "-q", "--format", "coco") == 0
-    assert files_in(tmp_path / "c") == ["detections.json", "images.json"]
+    assert files_in(tmp_path / "c") == ["detections.json", "images.json", "journal.jsonl", "run.json"]
     assert detect(model, photos, "-o", tmp_path / "i", "-q", "--format", "images") == 0
-    assert all(name.startswith("annotated/") for name in files_in(tmp_path / "i"))
-    assert len(files_in(tmp_path / "i")) == 3
+    assert files_in(tmp_path / "i" / "annotated") == ["a.jpg", "sub/b.png", "sub/c.tif.jpg"]
+    assert not (tmp_path / "i" / "detections.json").exists()
 
 
 def test_all_formats_in_one_run_tell_of_the_same_detections(model: str, photos: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_reader_of_stderr_that_leaves_does_not_stop_the_run(model: str, photos
     )
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 1
-    assert len(files_in(tmp_path / "out")) == 5
+    assert len(files_in(tmp_path / "out")) == 7
 
 
 def test_a_disk_that_is_full_exits_7_without_half_files_and_a_second_run_finishes(
@@ -157,11 +157,12 @@ def test_a_disk_that_is_full_exits_7_without_half_files_and_a_second_run_finishe
     assert "not written (File too large)" in capsys.readouterr().err
     assert not (output / "detections.json").exists()
     assert not (output / "images.json").exists()
-    for name in files_in(output):
-        with Image.open(output / name) as whole:
+    for name in files_in(output / "annotated"):
+        with Image.open(output / "annotated" / name) as whole:
             whole.load()
-    assert detect(model, photos, "-o", output, "-t", "0", "--overwrite", "-q") == 0
-    assert len(files_in(output)) == 5
+    assert not [name for name in files_in(output) if name.endswith(".tmp")]
+    assert detect(model, photos, "-o", output, "-t", "0", "--resume", "-q") == 0
+    assert len(files_in(output)) == 7
 
 
 def account(folder: Path, output: Path, err: str) -> list[dict[str, object]]:
@@ -249,7 +250,7 @@ def test_a_run_killed_at_any_moment_leaves_only_whole_files_and_can_be_run_again
             with Image.open(path) as whole:
                 whole.load()
     assert detect(model, tmp_path / "in", "-o", output, "--overwrite", "-q") == 0
-    assert len(files_in(output)) == 302  # and no temporary file of the killed runs
+    assert len(files_in(output)) == 304  # and no temporary file of the killed runs
 
 
 @pytest.mark.slow

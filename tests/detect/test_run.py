@@ -244,7 +244,7 @@ def test_few_pictures_are_held_in_memory_at_once(
         opened.append(path)
         return read_image(path, max_pixels=max_pixels)
 
-    monkeypatch.setattr("ddetr_cli.detect.run.read_image", count)
+    monkeypatch.setattr("ddetr_cli.detect.reading.read_image", count)
     threads = helper_threads("cpu")
     for keeper, most in ((Keeper(), threads), (Drawer(), 2 * threads)):
         opened.clear()
@@ -259,7 +259,7 @@ def test_a_gpu_window_of_large_pictures_is_cut_by_their_memory(
     tmp_path: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_photos(tmp_path, [(64, 48)] * 12)
-    monkeypatch.setattr("ddetr_cli.detect.run._WINDOW_BYTES", 5 * 3 * 4 * 64 * 85)  # of five prepared ones
+    monkeypatch.setattr("ddetr_cli.detect.reading.WINDOW_BYTES", 5 * 3 * 4 * 64 * 85)  # of five prepared ones
     windows: list[int] = []
     predict_prepared = Predictor.predict_prepared
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ddetr_cli.cli import console
+from ddetr_cli.cli.detect_report import Report, exit_code
 from ddetr_cli.cli.predictor import (
     DEFAULT_MODEL,
     MODEL_HELP,
@@ -29,16 +29,10 @@ from ddetr_cli.errors import UsageError
 from ddetr_cli.presets import FASTER_RCNN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ddetr_cli.classes import ClassTable
-    from ddetr_cli.detect.run import ImageResult, RunSummary, Sink
+    from ddetr_cli.detect.run import Sink
     from ddetr_cli.detect.selection import Selection
-    from ddetr_cli.detect.sources import Inputs
     from ddetr_cli.inference.predictor import Predictor
     from ddetr_cli.weights import LoadedModel
-
-_SHOWN_CLASSES = 20
 
 
 def detect(
@@ -59,6 +53,19 @@ def detect(
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Replace the results of an earlier run in --output; touch nothing else."),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in --output, if there is one: nothing finished is done again, what failed is.",
+        ),
+    ] = False,
+    skip_failed: Annotated[
+        bool,
+        typer.Option(
+            "--skip-failed", help="With --resume: leave what failed, and a picture that crashed the program."
+        ),
     ] = False,
     thresholds: Annotated[
         list[str] | None,
@@ -143,7 +150,8 @@ def detect(
     """Find objects in pictures and write them as COCO results and as annotated pictures.
 
     In --output: detections.json, the boxes as a COCO results list; images.json, the images and categories they refer
-    to; annotated/, the pictures with their boxes. --format chooses other results, any of them together.
+    to; annotated/, the pictures with their boxes; journal.jsonl and run.json, on the run itself. --format chooses
+    other results, any of them together.
 
     A picture that cannot be read is named and passed over, and the exit code is 3.
     """
@@ -165,91 +173,96 @@ def detect(
         raise UsageError(
             f"--output -: takes one format of {', '.join(STREAMED)} (not {formats}). Add --format {STREAMED[1]}."
         )
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite: contradict each other. Give one.")
+    if skip_failed and not resume:
+        raise UsageError("--skip-failed: only with --resume.")
+    if resume and to_stdout:
+        raise UsageError("--resume: not with --output - (stdout keeps no journal). Give a folder.")
     check_model_options(model, device=device, preset=preset)
 
     from ddetr_cli.detect.sources import find_inputs
 
-    folder = Path(output)
-    inputs = find_inputs(sources, output=None if to_stdout else folder)
-    if not to_stdout:
+    folder = None if to_stdout else Path(output)
+    inputs = find_inputs(sources, output=folder)
+    if folder is not None:
+        from ddetr_cli.detect.session import check_resumable
         from ddetr_cli.detect.sinks.output import prepare_output
 
-        prepare_output(folder, inputs.images, overwrite=overwrite, formats=wanted)
+        prepare_output(folder, inputs.images, overwrite=overwrite or resume, formats=wanted)
+        if resume:
+            check_resumable(folder)
 
+    from ddetr_cli.detect.journal import RunHeader
+    from ddetr_cli.detect.manifest import Manifest
     from ddetr_cli.detect.run import detect_images
+    from ddetr_cli.detect.session import open_journal, own_folder
     from ddetr_cli.detect.sinks.assemble import make_sinks, make_stream_sink
     from ddetr_cli.inference.tiles import Tiling
 
-    loaded, predictor = open_predictor(
-        model,
-        preset=preset,
-        device=device,
-        precision=precision,
-        image_size=image_size,
-        preprocess=preprocess,
-        batch_size=batch_size,
-        tiles=None if tiles is None else Tiling(tiles, tile_overlap),
-        quiet=quiet,
-    )
-    selection = make_selection(
-        loaded.classes, threshold, by_class, names, top=top_k, one_class_per_box=one_class_per_box
-    )
-    if draft and loaded.config.family == FASTER_RCNN:
-        raise UsageError("--draft: not for Faster R-CNN (it resizes without smoothing). Leave it out.")
-    if verbose:
-        _say_details(loaded, inputs)
-
-    sinks: list[Sink]
-    if to_stdout:
-        sinks = [make_stream_sink(console.StdoutFile(), min(wanted), loaded.classes)]
-    else:
-        info = _info(loaded, predictor, selection, draft=draft)
-        sinks = make_sinks(folder, wanted, loaded.classes, info, max_pixels=max_pixels)
-    with (
-        console.StopSignals() as stop,
-        console.Progress(len(inputs.images), unit="images", description="detect", quiet=quiet) as progress,
-        _notes_of_the_reader(progress, verbose=verbose),
-    ):
-
-        def report(result: ImageResult) -> None:
-            if result.failure is not None:
-                progress.say(f"ddetr: error: {result.input.path}: {result.failure}")
-            elif result.dropped:
-                progress.say(
-                    f"ddetr: error: {result.input.path}: {result.dropped} detections dropped (not finite numbers). "
-                    "Use --precision fp32, or check the model."
-                )
-            if verbose and result.failure is None:
-                progress.say(_line(result, loaded.classes))
-            progress.advance()
-
-        summary = detect_images(
-            inputs.images,
-            predictor,
-            sinks,
-            selection=selection,
-            max_pixels=max_pixels,
-            draft=draft,
-            on_result=report,
-            should_stop=lambda: stop.requested,
+    with nullcontext() if folder is None else own_folder(folder):
+        loaded, predictor = open_predictor(
+            model,
+            preset=preset,
+            device=device,
+            precision=precision,
+            image_size=image_size,
+            preprocess=preprocess,
+            batch_size=batch_size,
+            tiles=None if tiles is None else Tiling(tiles, tile_overlap),
+            quiet=quiet,
         )
-    if not quiet:
-        _show_summary(summary, loaded.classes, selection)
-    if not quiet or summary.failed:
-        tail = f", not reached {summary.unfinished}" if summary.unfinished else ""
-        console.say(f"processed {summary.processed}, failed {summary.failed}, skipped {len(inputs.skipped)}{tail}")
-    if not quiet and not to_stdout:
-        console.say(f"results in {folder}")
+        selection = make_selection(
+            loaded.classes, threshold, by_class, names, top=top_k, one_class_per_box=one_class_per_box
+        )
+        if draft and loaded.config.family == FASTER_RCNN:
+            raise UsageError("--draft: not for Faster R-CNN (it resizes without smoothing). Leave it out.")
+        report = Report(loaded.classes, inputs, quiet=quiet, verbose=verbose)
+        if verbose:
+            report.say_details(loaded)
+        info = _info(loaded, predictor, selection, draft=draft)
+        options = {name: value for name, value in info.items() if name not in ("description", "model")}
+        options |= {"device": predictor.device.type, "max_pixels": max_pixels}
+        header = RunHeader.of(inputs.images, loaded.classes, info=info, options=options, formats=sorted(wanted))
+
+        journal = manifest = summary = None
+        done = 0
+        if folder is not None:
+            journal = open_journal(folder, header, resume=resume, skip_failed=skip_failed)
+            manifest = Manifest(folder, header, sources, resumed=resume)
+            done = len(journal.finished)
+            if resume and not quiet:
+                console.say(f"resumed: {done} of {len(header.positions)} images are finished already")
+        try:
+            sinks: list[Sink]
+            if folder is None:
+                sinks = [make_stream_sink(console.StdoutFile(), min(wanted), loaded.classes)]
+            else:
+                # As the run began, so that a model that was moved since makes no difference.
+                info = journal.finished.headers[0].info if journal and journal.finished.headers else info
+                sinks = make_sinks(folder, wanted, loaded.classes, info, max_pixels=max_pixels)
+            with console.StopSignals() as stop, report.progress(len(header.positions) - done):
+                summary = detect_images(
+                    inputs.images,
+                    predictor,
+                    sinks,
+                    selection=selection,
+                    max_pixels=max_pixels,
+                    draft=draft,
+                    positions=header.positions,
+                    journal=journal,
+                    on_result=report.add,
+                    should_stop=lambda: stop.requested,
+                )
+        finally:
+            if journal is not None and manifest is not None:
+                journal.close()
+                manifest.close(summary, skipped=len(inputs.skipped))
+    report.end(summary, selection, folder)
     # A signal that came when the last image was done stopped nothing.
-    code = stop.exit_code if summary.unfinished else _exit_code(summary)
+    code = stop.exit_code if summary.unfinished else exit_code(summary)
     if code:
         raise typer.Exit(code)
-
-
-def _exit_code(summary: RunSummary) -> int:
-    if summary.processed == 0:
-        return 4
-    return 3 if summary.failed or summary.dropped else 0
 
 
 def _parse_formats(text: str) -> frozenset[str]:
@@ -278,70 +291,3 @@ def _info(loaded: LoadedModel, predictor: Predictor, selection: Selection, *, dr
         "precision": predictor.precision,
         **selection.to_json(loaded.classes),
     }
-
-
-def _say_details(loaded: LoadedModel, inputs: Inputs) -> None:
-    from ddetr_cli.ops import kernel_status
-
-    for line in (*loaded.report.table(), *str(kernel_status()).splitlines()):
-        console.say(line)
-    for path, reason in inputs.skipped:
-        console.say(f"{path}: skipped ({reason})")
-
-
-def _line(result: ImageResult, classes: ClassTable) -> str:
-    """One line on one finished image, for -v."""
-    counts: dict[str, int] = {}
-    for label in result.labels:
-        counts[classes.name(label)] = counts.get(classes.name(label), 0) + 1
-    found = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
-    width, height = result.size_wh or (0, 0)
-    return f"{result.input.path}: {width}x{height}, {found or 'nothing'}, {result.seconds:.2f} s"
-
-
-def _show_summary(summary: RunSummary, classes: ClassTable, selection: Selection) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from ddetr_cli.detect.run import class_counts
-    from ddetr_cli.printable import printable
-
-    images = f"{summary.processed} image{'' if summary.processed == 1 else 's'}"
-    pace = f", {summary.seconds / summary.processed:.2f} s each" if summary.processed else ""
-    table = Table()
-    own = "".join(f", {printable(classes.name(i))} {value:g}" for i, value in sorted(selection.thresholds.items()))
-    table.add_column(Text(f"class (score >= {selection.threshold:g}{own})"))
-    table.add_column("count", justify="right")
-    counts = class_counts(summary, classes)
-    for name, count in counts[:_SHOWN_CLASSES]:
-        table.add_row(Text(printable(name)), str(count))
-    if len(counts) > _SHOWN_CLASSES:
-        rest = counts[_SHOWN_CLASSES:]
-        table.add_row(f"{len(rest)} more classes", str(sum(count for _, count in rest)))
-    if not counts:
-        table.add_row("nothing found", "0")
-    console.say(f"{summary.detections} detections in {images}, {summary.seconds:.1f} s{pace}")
-    console.show(table)
-
-
-@contextmanager
-def _notes_of_the_reader(progress: console.Progress, *, verbose: bool) -> Iterator[None]:
-    """With -v, what the library notes about single files (several frames, damaged EXIF) appears on stderr."""
-    if not verbose:
-        yield
-        return
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno == logging.INFO:
-                progress.say(f"ddetr: note: {record.getMessage()}")
-
-    logger, handler = logging.getLogger("ddetr_cli"), Handler(logging.INFO)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(min(logging.INFO, logger.getEffectiveLevel()))
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)

@@ -5,36 +5,32 @@ One bad image never stops the run. What does stop it (a full disk, a lost device
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from ddetr_cli.data.images import read_image, read_reduced
 from ddetr_cli.detect.ids import assign_image_ids
-from ddetr_cli.errors import DdetrError, DeviceError, ImageError
-from ddetr_cli.inference.ahead import helper_threads, map_ahead
+from ddetr_cli.detect.reading import WINDOW_BYTES, Numbered, Read, Reader, defect, picture_nbytes, windows
+from ddetr_cli.errors import DdetrError, DeviceError
+from ddetr_cli.inference.ahead import helper_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Executor
 
     from PIL import Image
 
     from ddetr_cli.classes import ClassTable
+    from ddetr_cli.detect.journal import Journal
     from ddetr_cli.detect.selection import Selection
     from ddetr_cli.detect.sources import Input
     from ddetr_cli.inference.predictor import ImageDetections, Predictor
     from ddetr_cli.inference.preparation import Prepared
 
-_log = logging.getLogger(__name__)
-
-# A window is what goes to the model at once. On a GPU it holds several batches, so that images of one size find each
-# other; its memory is bounded because 32 photos of 89 megapixels would fill any. As much may wait to follow it.
-_BATCHES_PER_WINDOW = 4
-_WINDOW_BYTES = 800_000_000
+_STOPPED = "not processed (the run was stopped)."
+_DIED = "the program died at this picture (a crash or a kill). Leave it out, or run without --skip-failed."
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,10 @@ class Sink(Protocol):
         """The slow part of keeping a result, without any effect; called on any thread. None for a sink without."""
 
     def add(self, result: ImageResult, rendered: bytes | None) -> None:
-        """Take one result, in input order, and what ``render`` made of it; None where the image failed."""
+        """Take one result, in input order, and what ``render`` made of it.
+
+        None where the image failed, and where an earlier run finished it: its file is there, a table needs its rows.
+        """
 
     def finish(self) -> None:
         """Everything has been added: make it final."""
@@ -75,6 +74,7 @@ class RunSummary:
 
     processed: int = 0
     failed: int = 0
+    resumed: int = 0  # of both: finished by an earlier run
     unfinished: int = 0  # not reached, because the run was stopped
     dropped: int = 0
     detections: int = 0
@@ -90,43 +90,46 @@ def detect_images(
     selection: Selection,
     max_pixels: int,
     draft: bool = False,
+    positions: range | None = None,
+    journal: Journal | None = None,
     on_result: Callable[[ImageResult], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> RunSummary:
     """Run ``predictor`` over ``inputs`` and give every result to ``sinks``, then to ``on_result``, in input order.
 
     Of the detections those that ``selection`` keeps are results. With ``draft`` large JPEGs are decoded at reduced
-    size, unless a sink draws. When ``should_stop`` says so the run ends after the images in work; what was not
-    reached is recorded as failed and the sinks are finished, as they are when the device fails for good
+    size, unless a sink draws. ``positions``: only these of the inputs; ids are those of the whole.
+
+    What ``journal`` has finished goes to the sinks as it was, without a file and not to ``on_result``; every other
+    result is added to it when the sinks have it. When ``should_stop`` says so the run ends after the images in work;
+    what was not reached is recorded as failed and the sinks are finished, as they are when the device fails for good
     (DeviceError). Raises OutputError from a sink, with all sinks abandoned.
     """
     start = time.perf_counter()
+    positions = range(len(inputs)) if positions is None else positions
     ids = assign_image_ids([item.name for item in inputs])
-    done = 0
     device_error: DeviceError | None = None
     threads = helper_threads(predictor.device.type)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ddetr")
-    keeper = _Keeper(pool, sinks, on_result)
+    keeper = _Keeper(pool, sinks, on_result, inputs, ids, positions, journal)
     keeps_pictures = any(sink.render is not None for sink in sinks)
-    reader = _Reader(predictor, max_pixels, keeps_pictures=keeps_pictures, draft=draft)
+    reader = Reader(predictor, max_pixels, keeps_pictures=keeps_pictures, draft=draft)
+    has_suspects = journal is not None and journal.has_suspects
+    on_alone = journal.note_trying if journal is not None and has_suspects else None
     try:
         try:
-            for window in _windows(pool, reader, zip(inputs, ids, strict=True), predictor):
-                for result, picture in _predict_window(window, predictor, selection):
-                    keeper.take(result, picture)
-                    done += 1
-                    keeper.hand_on(left=threads)
-                if should_stop():
-                    break
+            if not should_stop():
+                for window in windows(pool, reader, keeper.pending(), predictor, threads, on_alone):
+                    for result, picture in _predict_window(window, predictor, selection):
+                        keeper.take(result, picture)
+                        # Nothing else may be in work beside an image that may end the process.
+                        keeper.hand_on(left=0 if has_suspects else threads)
+                    if should_stop():
+                        break
         except DeviceError as error:
             device_error = error
         keeper.hand_on(left=0)
-        for item, image_id in zip(inputs[done:], ids[done:], strict=True):
-            failure = (
-                "not processed (the run was stopped)." if device_error is None else f"not processed ({device_error})"
-            )
-            for sink in sinks:
-                sink.add(ImageResult(item, image_id, failure=failure), None)
+        keeper.end(_STOPPED if device_error is None else f"not processed ({device_error})")
         for sink in sinks:
             sink.finish()
     except BaseException:
@@ -137,23 +140,44 @@ def detect_images(
         pool.shutdown(cancel_futures=True)
     if device_error is not None:
         raise device_error
-    keeper.summary.unfinished = len(inputs) - done
     keeper.summary.seconds = time.perf_counter() - start
     return keeper.summary
 
 
 class _Keeper:
-    """Has results drawn, and hands them on in their order."""
+    """Has results drawn, and hands them on in their order, between those that were finished before."""
 
-    def __init__(self, pool: Executor, sinks: Sequence[Sink], on_result: Callable[[ImageResult], None]) -> None:
+    def __init__(
+        self,
+        pool: Executor,
+        sinks: Sequence[Sink],
+        on_result: Callable[[ImageResult], None],
+        inputs: Sequence[Input],
+        ids: Sequence[int],
+        positions: range,
+        journal: Journal | None,
+    ) -> None:
         self.summary = RunSummary()
         self._pool = pool
         self._sinks = sinks
         self._on_result = on_result
+        self._inputs, self._ids = inputs, ids
+        self._positions = positions
+        self._next = positions.start  # the first that the sinks have not yet
+        self._journal = journal
         self._drawn: deque[_Drawn] = deque()
 
+    def pending(self) -> Iterator[Numbered]:
+        """The inputs that are not finished."""
+        culprit = None if self._journal is None or not self._journal.has_suspects else self._journal.finished.culprit
+        for position in self._positions:
+            if self._journal is None or position not in self._journal.finished:
+                item = self._inputs[position]
+                item = replace(item, failure=_DIED) if position == culprit else item
+                yield Numbered(position, item, self._ids[position])
+
     def take(self, result: ImageResult, picture: Image.Image | None) -> None:
-        """Begin to draw one result."""
+        """Begin to draw the next result."""
         files: list[Future[bytes] | None] = [None] * len(self._sinks)
         if picture is None:
             self._drawn.append(_Drawn(result, files, 0))
@@ -161,16 +185,41 @@ class _Keeper:
         for index, sink in enumerate(self._sinks):
             if sink.render is not None:
                 files[index] = self._pool.submit(sink.render, result, picture)
-        self._drawn.append(_Drawn(result, files, _nbytes(picture)))
+        self._drawn.append(_Drawn(result, files, picture_nbytes(picture)))
 
     def hand_on(self, left: int) -> None:
         """Give the sinks what has been drawn; wait until at most ``left`` images, and not too large ones, are not."""
-        while self._drawn and (len(self._drawn) > left or self._held() > _WINDOW_BYTES or self._drawn[0].is_done()):
+        while self._drawn and (len(self._drawn) > left or self._held() > WINDOW_BYTES or self._drawn[0].is_done()):
             drawn = self._drawn.popleft()
+            self._hand_on_finished()
             for sink, file in zip(self._sinks, drawn.files, strict=True):
                 sink.add(drawn.result, None if file is None else file.result())
+            if self._journal is not None:
+                self._journal.add(self._next, drawn.result)
+            self._next += 1
             _count(self.summary, drawn.result)
             self._on_result(drawn.result)
+
+    def end(self, failure: str) -> None:
+        """Give the sinks the rest: what was finished before, and what was not reached, failed for this reason."""
+        self._hand_on_finished()
+        while self._next < self._positions.stop:
+            result = ImageResult(self._inputs[self._next], self._ids[self._next], failure=failure)
+            for sink in self._sinks:
+                sink.add(result, None)
+            self.summary.unfinished += 1
+            self._next += 1
+            self._hand_on_finished()
+
+    def _hand_on_finished(self) -> None:
+        """Give the sinks what an earlier run finished, up to the next that it did not."""
+        while self._journal is not None and self._next in self._journal.finished:
+            result = self._journal.finished.read(self._next, self._inputs[self._next])
+            for sink in self._sinks:
+                sink.add(result, None)
+            _count(self.summary, result)
+            self.summary.resumed += 1
+            self._next += 1
 
     def _held(self) -> int:
         return sum(drawn.nbytes for drawn in self._drawn)
@@ -188,84 +237,8 @@ class _Drawn:
         return all(file is None or file.done() for file in self.files)
 
 
-def _nbytes(picture: Image.Image) -> int:
-    return 4 * picture.width * picture.height  # Pillow takes four bytes for an RGB pixel
-
-
-@dataclass
-class _Read:
-    """One input, ready for the model or failed; the picture itself only where something draws on it."""
-
-    item: Input
-    image_id: int
-    size_wh: tuple[int, int] | None = None
-    prepared: Prepared | None = None
-    picture: Image.Image | None = None
-    failure: str | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Memory it holds."""
-        picture = 0 if self.picture is None else _nbytes(self.picture)
-        return picture + (0 if self.prepared is None else self.prepared.pixels.nbytes)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Turns an input into what the model takes; called on any thread, and never raises for a bad input."""
-
-    predictor: Predictor
-    max_pixels: int
-    keeps_pictures: bool
-    draft: bool
-
-    def __call__(self, numbered: tuple[Input, int]) -> _Read:
-        item, image_id = numbered
-        read = _Read(item, image_id, failure=item.failure)
-        if item.failure is not None:
-            return read
-        try:
-            if self.draft and not self.keeps_pictures:
-                short = self.predictor.image_size
-                picture, read.size_wh = read_reduced(item.path, short, max_pixels=self.max_pixels)
-            else:
-                picture = read_image(item.path, max_pixels=self.max_pixels)
-                read.size_wh = picture.size
-            read.prepared = self.predictor.prepare(picture, (read.size_wh[1], read.size_wh[0]))
-            read.picture = picture if self.keeps_pictures else None
-        except ImageError as error:
-            # The reason alone, without the path in front: files that quote it name the path themselves.
-            read.failure = str(error).removeprefix(f"{item.path}: ")
-        except MemoryError:
-            read.failure = "not enough memory to prepare it. Give a smaller version."
-        except Exception as error:
-            read.failure = _defect(error)
-        return read
-
-
-def _windows(
-    pool: Executor, reader: _Reader, numbered: Iterable[tuple[Input, int]], predictor: Predictor
-) -> Iterator[list[_Read]]:
-    is_cpu = predictor.device.type == "cpu"
-    threads = helper_threads(predictor.device.type)
-    count = 1 if is_cpu else _BATCHES_PER_WINDOW * predictor.batch_size
-    ahead = threads if is_cpu else max(threads, count)
-    window: list[_Read] = []
-    held = 0
-    for read in map_ahead(
-        pool, reader, numbered, ahead, weight=lambda finished: finished.nbytes, limit=_WINDOW_BYTES
-    ):
-        window.append(read)
-        held += read.nbytes
-        if len(window) >= count or held >= _WINDOW_BYTES:
-            yield window
-            window, held = [], 0
-    if window:
-        yield window
-
-
 def _predict_window(
-    window: Sequence[_Read], predictor: Predictor, selection: Selection
+    window: Sequence[Read], predictor: Predictor, selection: Selection
 ) -> Iterator[tuple[ImageResult, Image.Image | None]]:
     ready = [read.prepared for read in window if read.prepared is not None]
     start = time.perf_counter()
@@ -292,16 +265,11 @@ def _predict(ready: Sequence[Prepared], predictor: Predictor) -> list[ImageDetec
         # A defect of ours that one odd picture brings out must not cost the user the other thousand.
         if len(ready) > 1:
             return [outcome for one in ready for outcome in _predict([one], predictor)]
-        return [_defect(error)]
+        return [defect(error)]
     return [str(outcome) if isinstance(outcome, DeviceError) else outcome for outcome in outcomes]
 
 
-def _defect(error: Exception) -> str:
-    _log.debug("an image failed", exc_info=error)
-    return f"internal error: {type(error).__name__}: {error} (a bug in ddetr). Please report it."
-
-
-def _result(read: _Read, found: ImageDetections, seconds: float) -> ImageResult:
+def _result(read: Read, found: ImageDetections, seconds: float) -> ImageResult:
     return ImageResult(
         read.item,
         read.image_id,

@@ -69,14 +69,6 @@ def test_two_inputs_drawn_to_one_name_are_refused_unless_nothing_is_drawn(tmp_pa
     prepare_output(tmp_path / "out", inputs, overwrite=False, formats=frozenset({"coco"}))
 
 
-def test_temporary_files_of_a_killed_run_are_swept_up(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    (output / "annotated").mkdir(parents=True)
-    (output / "annotated/.ddetr-99-1.tmp").write_bytes(b"half")
-    prepare_output(output, inputs_in(tmp_path / "in", "a.jpg"), overwrite=True, formats=FORMATS)
-    assert list((output / "annotated").iterdir()) == []
-
-
 def test_two_pictures_whose_labels_would_meet_are_refused_for_yolo(tmp_path: Path) -> None:
     inputs = inputs_in(tmp_path / "in", "x.jpg", "x.png")
     with pytest.raises(UsageError, match=r"its output x\.txt is also that of"):

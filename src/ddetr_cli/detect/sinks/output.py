@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ddetr_cli.atomic import check_new_folder, check_writable, ignores_case, remove_leftovers
+from ddetr_cli.atomic import check_new_folder, check_writable, ignores_case
 from ddetr_cli.detect.sinks.formats import FORMATS
 from ddetr_cli.detect.sinks.names import label_name, picture_name
 from ddetr_cli.detect.sources import CROPS_FOLDER, PICTURES_FOLDER, SHEET_FILE, check_names_are_distinct
@@ -48,7 +48,6 @@ def prepare_output(output: Path, inputs: Sequence[Input], *, overwrite: bool, fo
             raise OutputError(
                 f"{output / name}: not written (a folder of that name is there). Choose another --output."
             )
-    remove_leftovers(output)
 
 
 def _replaced(output: Path, readable: Sequence[Input], formats: Collection[str]) -> Iterator[tuple[Path, str]]:

@@ -1,0 +1,131 @@
+"""Inputs to what the model takes: read and prepared on threads ahead of it, handed over in windows."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from ddetr_cli.data.images import read_image, read_reduced
+from ddetr_cli.errors import ImageError
+from ddetr_cli.inference.ahead import map_ahead
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Executor
+
+    from PIL import Image
+
+    from ddetr_cli.detect.sources import Input
+    from ddetr_cli.inference.predictor import Predictor
+    from ddetr_cli.inference.preparation import Prepared
+
+_log = logging.getLogger(__name__)
+
+# A window is what goes to the model at once. On a GPU it holds several batches, so that images of one size find each
+# other; its memory is bounded because 32 photos of 89 megapixels would fill any. As much may wait to follow it.
+_BATCHES_PER_WINDOW = 4
+WINDOW_BYTES = 800_000_000
+
+
+class Numbered(NamedTuple):
+    """An input with its position among all of them and the id it has in the results."""
+
+    position: int
+    item: Input
+    image_id: int
+
+
+def picture_nbytes(picture: Image.Image) -> int:
+    return 4 * picture.width * picture.height  # Pillow takes four bytes for an RGB pixel
+
+
+@dataclass
+class Read:
+    """One input, ready for the model or failed; the picture itself only where something draws on it."""
+
+    item: Input
+    image_id: int
+    size_wh: tuple[int, int] | None = None
+    prepared: Prepared | None = None
+    picture: Image.Image | None = None
+    failure: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it holds."""
+        picture = 0 if self.picture is None else picture_nbytes(self.picture)
+        return picture + (0 if self.prepared is None else self.prepared.pixels.nbytes)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Turns an input into what the model takes; called on any thread, and never raises for a bad input."""
+
+    predictor: Predictor
+    max_pixels: int
+    keeps_pictures: bool
+    draft: bool
+
+    def __call__(self, numbered: Numbered) -> Read:
+        item = numbered.item
+        read = Read(item, numbered.image_id, failure=item.failure)
+        if item.failure is not None:
+            return read
+        try:
+            if self.draft and not self.keeps_pictures:
+                short = self.predictor.image_size
+                picture, read.size_wh = read_reduced(item.path, short, max_pixels=self.max_pixels)
+            else:
+                picture = read_image(item.path, max_pixels=self.max_pixels)
+                read.size_wh = picture.size
+            read.prepared = self.predictor.prepare(picture, (read.size_wh[1], read.size_wh[0]))
+            read.picture = picture if self.keeps_pictures else None
+        except ImageError as error:
+            # The reason alone, without the path in front: files that quote it name the path themselves.
+            read.failure = str(error).removeprefix(f"{item.path}: ")
+        except MemoryError:
+            read.failure = "not enough memory to prepare it. Give a smaller version."
+        except Exception as error:
+            read.failure = defect(error)
+        return read
+
+
+def windows(
+    pool: Executor,
+    reader: Reader,
+    numbered: Iterable[Numbered],
+    predictor: Predictor,
+    threads: int,
+    on_alone: Callable[[int], None] | None = None,
+) -> Iterator[list[Read]]:
+    """What is read of ``numbered``, in its order, as much at a time as the model takes at once.
+
+    With ``on_alone`` as many of the first as can be in work at one time come one by one, nothing read ahead; each
+    one's position is told before it is touched.
+    """
+    is_cpu = predictor.device.type == "cpu"
+    count = 1 if is_cpu else _BATCHES_PER_WINDOW * predictor.batch_size
+    ahead = threads if is_cpu else max(threads, count)
+    numbered = iter(numbered)
+    if on_alone is not None:
+        for one in islice(numbered, ahead + count + threads + 1):
+            on_alone(one.position)
+            yield [pool.submit(reader, one).result()]
+    window: list[Read] = []
+    held = 0
+    for read in map_ahead(pool, reader, numbered, ahead, weight=lambda finished: finished.nbytes, limit=WINDOW_BYTES):
+        window.append(read)
+        held += read.nbytes
+        if len(window) >= count or held >= WINDOW_BYTES:
+            yield window
+            window, held = [], 0
+    if window:
+        yield window
+
+
+def defect(error: Exception) -> str:
+    """The failure of an image that a defect of ours made."""
+    _log.debug("an image failed", exc_info=error)
+    return f"internal error: {type(error).__name__}: {error} (a bug in ddetr). Please report it."

@@ -1,0 +1,56 @@
+"""The output folder of a run: whose it is, and where an earlier run left off."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from ddetr_cli.atomic import is_leftover, remove_leftovers
+from ddetr_cli.detect.journal import JOURNAL_FILE, Journal, RunHeader
+from ddetr_cli.detect.manifest import RUNNING, read_manifest
+from ddetr_cli.errors import OutputError
+from ddetr_cli.lock import LOCK_FILE, folder_lock
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """``folder`` made and locked against a second run for the block; what a killed one left half-written is removed.
+
+    A folder made here that is empty at the end is removed too. Raises OutputError.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with folder_lock(folder, "run"):
+            remove_leftovers(folder)
+            yield
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def check_resumable(folder: Path) -> None:
+    """Raise OutputError for a folder that holds something and no run to go on with; one without anything is fine."""
+    with suppress(OSError):  # one that cannot be read cannot be written either, and is refused for that
+        names = {path.name for path in folder.iterdir()}
+        if JOURNAL_FILE not in names and any(name != LOCK_FILE and not is_leftover(name) for name in names):
+            raise OutputError(
+                f"{folder}: holds no run to resume ({JOURNAL_FILE} is missing). "
+                "Choose another --output, or start anew with --overwrite."
+            )
+
+
+def open_journal(folder: Path, header: RunHeader, *, resume: bool, skip_failed: bool) -> Journal:
+    """The journal of a run in its own ``folder``: a new one, or with ``resume`` that of an earlier run, if any.
+
+    Raises UsageError for an earlier run of other options or inputs, and OutputError.
+    """
+    path = folder / JOURNAL_FILE
+    if not (resume and path.exists()):
+        return Journal.begin(path, header)
+    died = read_manifest(folder).get("state") == RUNNING
+    return Journal.go_on(path, header, skip_failed=skip_failed, died=died)

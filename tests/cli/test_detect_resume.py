@@ -1,0 +1,303 @@
+"""A run of ``ddetr detect`` that broke off, in whatever way, goes on to the bytes of one that did not."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddetr_cli.cli.app import main
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+RUN = "import sys; from ddetr_cli.cli.app import main; sys.exit(main())"
+
+
+def detect(model: str, *arguments: object) -> int:
+    return main(["detect", "--model", model, "--device", "cpu", "-t", "0.2", *map(str, arguments)])
+
+
+def results_in(output: Path) -> dict[str, bytes | set[bytes]]:
+    """Every file of a run but run.json, which tells times; of the journal the lines, as failures are tried again."""
+    results: dict[str, bytes | set[bytes]] = {
+        path.relative_to(output).as_posix(): path.read_bytes()
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and path.name != "run.json"
+    }
+    results["journal.jsonl"] = set((output / "journal.jsonl").read_bytes().splitlines())
+    return results
+
+
+def states(output: Path) -> tuple[str, dict[str, int], list[int | None]]:
+    """State, counts, and how many images each session did, of run.json."""
+    run = json.loads((output / "run.json").read_text())
+    return run["state"], run["counts"], [session.get("done") for session in run["sessions"]]
+
+
+def many_photos(folder: Path, count: int) -> None:
+    """``count`` names for three pictures, one of them no picture."""
+    folder.mkdir()
+    for number in range(2):
+        values = np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{number:04d}.jpg")
+    (folder / "0002.jpg").write_bytes(b"no picture")
+    for number in range(3, count):
+        os.link(folder / f"{number % 3 if number % 30 == 2 else number % 2:04d}.jpg", folder / f"{number:04d}.jpg")
+
+
+def cut_journal(output: Path, lines: int) -> None:
+    """Leave what a kill after ``lines`` images leaves: a journal cut short in its next line, and no final files."""
+    journal = (output / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (output / "journal.jsonl").write_bytes(b"".join(journal[: lines + 1]) + journal[lines + 1][:20])
+    for name in ("detections.json", "images.json"):
+        (output / name).unlink()
+    (output / ".ddetr-1-0.tmp").write_text("[")
+
+
+def test_a_resumed_run_does_only_what_was_not_finished_and_ends_with_the_same_bytes(
+    model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ddetr_cli.inference.predictor import Predictor
+
+    output = tmp_path / "out"
+    assert detect(model, photos, "-o", output) == 0
+    whole = results_in(output)
+    cut_journal(output, 2)
+    predicted = []
+    predict = Predictor.predict_prepared
+    monkeypatch.setattr(Predictor, "predict_prepared", lambda *a: predicted.append(1) or predict(*a))  # type: ignore[func-returns-value]
+    capsys.readouterr()
+    assert detect(model, photos, "-o", output, "--resume") == 0
+    assert len(predicted) == 1
+    assert results_in(output) == whole
+    err = capsys.readouterr().err
+    assert "resumed: 2 of 3 images are finished already" in err
+    assert "processed 3, failed 0, skipped 0" in err
+    assert states(output)[::2] == ("finished", [3, 1])
+
+
+def test_resuming_where_nothing_was_begun_begins(model: str, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        assert detect(model, photos, "-o", tmp_path / name, "--resume", "-q") == 0
+    assert results_in(tmp_path / "new") == results_in(tmp_path / "empty")
+
+
+def test_a_run_over_an_earlier_one_that_broke_off_keeps_its_pictures_when_resumed(
+    model: str, photos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    assert detect(model, photos, "-o", output, "-q") == 0
+    earlier = (output / "images.json").read_bytes()
+    assert detect(model, photos, "-o", output, "-q", "--overwrite") == 0
+    whole = results_in(output)
+    cut_journal(output, 2)
+    (output / "images.json").write_bytes(earlier)
+    assert detect(model, photos, "-o", output, "-q", "--resume") == 0
+    assert results_in(output) == whole
+
+
+def test_failures_are_tried_again_and_with_skip_failed_they_are_not(model: str, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    good = (photos / "a.jpg").read_bytes()
+    (photos / "a.jpg").write_bytes(b"no picture")
+    assert detect(model, photos, "-o", output, "-q") == 3
+    (photos / "a.jpg").write_bytes(good)
+    assert detect(model, photos, "-o", output, "-q", "--resume", "--skip-failed") == 3
+    assert states(output)[1]["failed"] == 1
+    assert detect(model, photos, "-o", output, "-q", "--resume") == 0
+    assert states(output)[1]["failed"] == 0
+    assert detect(model, photos, "-o", tmp_path / "straight", "-q") == 0
+    for name in ("detections.json", "images.json"):
+        assert (output / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["-t", "0.3"], "threshold 0.2, not 0.3"),
+        (["--image-size", "96"], "image_size 64, not 96"),
+        (["--format", "coco"], "format coco,images, not coco"),
+        (["--max-pixels", "100"], "max_pixels 89478485, not 100"),
+    ],
+)
+def test_resuming_with_another_option_exits_2_and_names_it(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: list[str], said: str
+) -> None:
+    output = tmp_path / "out"
+    assert detect(model, photos, "-o", output, "-q") == 0
+    before = results_in(output)
+    assert detect(model, photos, "-o", output, "--resume", *changed) == 2
+    assert f"--resume: {output} was started with {said}. Run as then" in capsys.readouterr().err
+    assert results_in(output) == before
+
+
+def test_resuming_with_another_model_or_other_inputs_exits_2(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert detect(model, photos, "-o", output, "-q") == 0
+    assert (
+        main(["detect", str(photos), "-m", "demo", "--device", "cpu", "-t", "0.2", "-o", str(output), "--resume"])
+        == 2
+    )
+    assert "model_sha256" in capsys.readouterr().err
+    shutil.copy(photos / "a.jpg", photos / "b.jpg")
+    assert detect(model, photos, "-o", output, "--resume") == 2
+    assert "3 inputs, not 4" in capsys.readouterr().err
+    moved = shutil.copy(model, tmp_path / "moved.safetensors")
+    (photos / "b.jpg").unlink()
+    assert detect(moved, photos, "-o", output, "--resume", "-q") == 0
+
+
+def test_options_of_resuming_that_contradict_exit_2_and_a_folder_without_a_run_exits_7(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert detect(model, photos, "-o", tmp_path / "out", "--resume", "--overwrite") == 2
+    assert detect(model, photos, "-o", tmp_path / "out", "--skip-failed") == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("")
+    capsys.readouterr()
+    assert detect(model, photos, "-o", tmp_path / "mine", "--resume") == 7
+    assert "holds no run to resume (journal.jsonl is missing)" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_two_runs_cannot_share_an_output(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ddetr_cli.lock import folder_lock
+
+    output = tmp_path / "out"
+    with folder_lock(output, "run"):
+        (output / ".ddetr-1-0.tmp").write_text("of the other run")
+        for option in ("--resume", "--overwrite"):
+            assert detect(model, photos, "-o", output, option) == 7
+            assert f"{output}: locked by pid {os.getpid()}, another run" in capsys.readouterr().err
+        assert (output / ".ddetr-1-0.tmp").exists()
+    assert detect(model, photos, "-o", output, "--resume", "-q") == 0
+    assert not (output / ".lock").exists()
+    assert not (output / ".ddetr-1-0.tmp").exists()
+
+
+def test_a_refused_run_leaves_no_folder(model: str, photos: Path, tmp_path: Path) -> None:
+    page = tmp_path / "model.pth"
+    page.write_text("<html>")
+    assert detect(str(page), photos, "-o", tmp_path / "deep/out") == 5
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.slow
+def test_a_picture_that_crashes_the_program_is_found_and_left_out(model: str, photos: Path, tmp_path: Path) -> None:
+    # Stands for a decoder that crashes: the process goes, with no word, when it reads this picture.
+    code = (
+        "import os, sys\n"
+        "from ddetr_cli.detect import reading\n"
+        "read = reading.read_image\n"
+        "def crash(path, **options):\n"
+        "    if path.name == 'b.png':\n"
+        "        os.kill(os.getpid(), 11)\n"
+        "    return read(path, **options)\n"
+        "reading.read_image = crash\n"
+        "from ddetr_cli.cli.app import main\n"
+        "sys.exit(main())"
+    )
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", code, "detect", str(photos), "-m", model, "--device", "cpu", "-o", str(output)]
+    command += ["--resume", "--skip-failed", "-q"]
+    codes = [subprocess.run(command, capture_output=True).returncode for _ in range(4)]
+    assert codes == [-signal.SIGSEGV] * 3 + [3]
+    failed = {
+        i["file_name"]: i["failed"]
+        for i in json.loads((output / "images.json").read_text())["images"]
+        if "failed" in i
+    }
+    assert list(failed) == ["sub/b.png"]
+    assert "the program died at this picture" in failed["sub/b.png"]
+
+
+class Detections:
+    """Starts ``ddetr detect`` in processes of their own; all imports are done once, before."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["ddetr_cli.cli.detect", "ddetr_cli.detect.run", "ddetr_cli.weights"])
+
+    def start(self, arguments: list[str]) -> BaseProcess:
+        code = (
+            "import os, sys, torch\ntorch.set_num_threads(1)\n"
+            "null = os.open(os.devnull, os.O_RDWR)\nos.dup2(null, 1)\nos.dup2(null, 2)\n"
+            f"from ddetr_cli.cli.app import main\nsys.exit(main({arguments!r}))"
+        )
+        process = self._context.Process(target=exec, args=(code, {}))
+        process.start()
+        return process
+
+
+@pytest.mark.slow
+def test_a_run_of_200_images_killed_at_50_random_moments_ends_with_the_same_bytes(model: str, tmp_path: Path) -> None:
+    inputs, output = tmp_path / "in", tmp_path / "out"
+    many_photos(inputs, 200)
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in inputs.iterdir()}
+    assert detect(model, inputs, "-o", tmp_path / "straight", "-q") == 3
+    whole = results_in(tmp_path / "straight")
+    detections, moments = Detections(), random.Random(6)
+    arguments = ["detect", str(inputs), "-m", model, "--device", "cpu", "-t", "0.2", "-o", str(output), "--resume"]
+    kills = finished = 0
+    start = time.monotonic()
+    detections.start(arguments).join()
+    longest = 1.1 * (time.monotonic() - start)
+    while kills < 50:
+        if output.exists() and (output / "run.json").exists() and states(output)[0] == "finished":
+            assert results_in(output) == whole
+            shutil.rmtree(output)
+            finished += 1
+        process = detections.start(arguments)
+        process.join(moments.random() * longest / 3)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+    detections.start(arguments).join()
+    assert results_in(output) == whole
+    assert not (output / ".lock").exists()
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in inputs.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_rename_ends_with_the_same_bytes(model: str, photos: Path, tmp_path: Path) -> None:
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("no strace on this system")
+    assert detect(model, photos, "-o", tmp_path / "straight", "-q") == 0
+    whole = results_in(tmp_path / "straight")
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", RUN, "detect", str(photos), "-m", model, "--device", "cpu", "-t", "0.2", "-q"]
+    command += ["-o", str(output), "--resume"]
+    for number in range(1, 20):
+        shutil.rmtree(output, ignore_errors=True)
+        inject = f"inject=rename,renameat,renameat2:signal=SIGKILL:when={number}"
+        done = subprocess.run(
+            [strace, "-f", "-qq", "-o", "/dev/null", "-e", inject, *command], capture_output=True, text=True
+        )
+        if "strace" in done.stderr:
+            pytest.skip(f"strace may not trace here: {done.stderr.strip()}")
+        if done.returncode == 0:
+            break
+        assert detect(model, photos, "-o", output, "-q", "--resume") == 0
+        assert results_in(output) == whole
+    # journal, run.json, three pictures, two tables, run.json again
+    assert number == 9
