@@ -40,7 +40,7 @@ def test_what_was_added_is_finished_when_the_run_goes_on(tmp_path: Path) -> None
     for number in (0, 1, 2):
         journal.add(number, result(number))
     journal.close()
-    again = Journal.go_on(tmp_path / "j", HEADER)
+    again = Journal.go_on([tmp_path / "j"], HEADER)
     assert [number in again.finished for number in range(4)] == [True, True, True, False]
     assert [again.finished.read(number) for number in range(3)] == [result(number) for number in range(3)]
 
@@ -55,7 +55,7 @@ def test_a_line_that_a_kill_cut_short_is_cut_off_at_every_length(tmp_path: Path)
     whole = path.read_bytes()
     for length in range(kept, len(whole)):
         path.write_bytes(whole[:length])
-        again = Journal.go_on(path, HEADER)
+        again = Journal.go_on([path], HEADER)
         assert len(again.finished) == 1
         again.add(1, result(1))
         again.close()
@@ -68,8 +68,8 @@ def test_failures_are_tried_again_unless_they_are_to_be_skipped_and_the_last_wor
     journal.add(1, result(1, "gone"))
     journal.add(1, result(1))
     journal.close()
-    assert [n in Journal.go_on(tmp_path / "j", HEADER).finished for n in (0, 1)] == [False, True]
-    assert [n in Journal.go_on(tmp_path / "j", HEADER, skip_failed=True).finished for n in (0, 1)] == [True, True]
+    assert [n in Journal.go_on([tmp_path / "j"], HEADER).finished for n in (0, 1)] == [False, True]
+    assert [n in Journal.go_on([tmp_path / "j"], HEADER, skip_failed=True).finished for n in (0, 1)] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ def test_a_run_that_differs_is_refused_and_the_difference_named(
 ) -> None:
     Journal.begin(tmp_path / "j", HEADER).close()
     with pytest.raises(UsageError, match=f"was started with {said}"):
-        Journal.go_on(tmp_path / "j", replace(HEADER, **now))  # type: ignore[arg-type]
+        Journal.go_on([tmp_path / "j"], replace(HEADER, **now))  # type: ignore[arg-type]
 
 
 def test_what_only_tells_of_the_run_may_differ(tmp_path: Path) -> None:
     Journal.begin(tmp_path / "j", HEADER).close()
     moved = replace(HEADER, info={"model": "elsewhere"})
-    assert Journal.go_on(tmp_path / "j", moved).finished.headers[0].info == {"model": "m"}
+    assert Journal.go_on([tmp_path / "j"], moved).finished.headers[0].info == {"model": "m"}
 
 
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
@@ -120,6 +120,18 @@ def test_an_image_at_which_the_process_died_alone_twice_is_the_culprit(tmp_path:
     found = []
     for _ in range(2):
         journal.note_trying(1)
-        found.append(Finished([tmp_path / "j"]).culprit)
+        found.append(Finished([tmp_path / "j"]).culprits)
     journal.add(1, result(1, "the program died at this picture"))
-    assert [*found, Finished([tmp_path / "j"]).culprit] == [None, 1, None]
+    assert [*found, Finished([tmp_path / "j"]).culprits] == [set(), {1}, set()]
+
+
+def test_several_journals_are_one_runs_and_the_last_is_written_on(tmp_path: Path) -> None:
+    for number in (0, 2):
+        journal = Journal.begin(tmp_path / f"j{number}", HEADER)
+        journal.add(number, result(number))
+        journal.close()
+    together = Journal.go_on([tmp_path / "j0", tmp_path / "j2", tmp_path / "j1"], HEADER)
+    together.add(1, result(1))
+    together.close()
+    finished = Finished([tmp_path / f"j{number}" for number in range(3)])
+    assert [finished.read(number) for number in range(3)] == [result(number) for number in range(3)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ddetr_cli.cli import console
+from ddetr_cli.cli.detect_parts import merge_shards, open_processes
 from ddetr_cli.cli.detect_report import Report, exit_code
 from ddetr_cli.cli.predictor import (
     DEFAULT_MODEL,
@@ -66,6 +66,16 @@ def detect(
         typer.Option(
             "--skip-failed", help="With --resume: leave what failed, and a picture that crashed the program."
         ),
+    ] = False,
+    shard: Annotated[
+        str,
+        typer.Option(
+            "--shard", metavar="I/N", help="Only the I-th of N equal parts of the pictures, as for a job array."
+        ),
+    ] = "1/1",
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="SOURCES are the --output folders of all shards: make one --output of them."),
     ] = False,
     thresholds: Annotated[
         list[str] | None,
@@ -179,32 +189,34 @@ def detect(
         raise UsageError("--skip-failed: only with --resume.")
     if resume and to_stdout:
         raise UsageError("--resume: not with --output - (stdout keeps no journal). Give a folder.")
-    check_model_options(model, device=device, preset=preset)
-
-    from ddetr_cli.detect.sources import find_inputs
-
+    part = _parse_shard(shard)
     folder = None if to_stdout else Path(output)
-    inputs = find_inputs(sources, output=folder)
-    if folder is not None:
-        from ddetr_cli.detect.session import check_resumable
-        from ddetr_cli.detect.sinks.output import prepare_output
+    if merge:
+        if folder is None or resume or part != (1, 1):
+            raise UsageError("--merge: takes the folders of shards, --output and --overwrite, no more.")
+        merge_shards([Path(source) for source in sources], folder, overwrite=overwrite, quiet=quiet)
+        return
+    check_model_options(model, device=device, preset=preset)
+    with open_processes(device) as processes:
+        if processes.count > 1 and folder is None:
+            raise UsageError("--output -: not with several processes. Give a folder.")
+        quiet = quiet or not processes.is_main
 
-        prepare_output(folder, inputs.images, overwrite=overwrite or resume, formats=wanted)
-        if resume:
-            check_resumable(folder)
+        from ddetr_cli.detect.sources import find_inputs
 
-    from ddetr_cli.detect.journal import RunHeader
-    from ddetr_cli.detect.manifest import Manifest
-    from ddetr_cli.detect.run import detect_images
-    from ddetr_cli.detect.session import open_journal, own_folder
-    from ddetr_cli.detect.sinks.assemble import make_sinks, make_stream_sink
-    from ddetr_cli.inference.tiles import Tiling
+        inputs = find_inputs(sources, output=folder)
+        if folder is not None:
+            processes.take_folder(folder, inputs.images, formats=wanted, overwrite=overwrite, resume=resume)
 
-    with nullcontext() if folder is None else own_folder(folder):
+        from ddetr_cli.detect.journal import RunHeader
+        from ddetr_cli.detect.run import detect_images
+        from ddetr_cli.detect.sinks.assemble import make_sinks, make_stream_sink
+        from ddetr_cli.inference.tiles import Tiling
+
         loaded, predictor = open_predictor(
             model,
             preset=preset,
-            device=device,
+            device=processes.device,
             precision=precision,
             image_size=image_size,
             preprocess=preprocess,
@@ -223,25 +235,25 @@ def detect(
         info = _info(loaded, predictor, selection, draft=draft)
         options = {name: value for name, value in info.items() if name not in ("description", "model")}
         options |= {"device": predictor.device.type, "max_pixels": max_pixels}
-        header = RunHeader.of(inputs.images, loaded.classes, info=info, options=options, formats=sorted(wanted))
-
-        journal = manifest = summary = None
-        done = 0
-        if folder is not None:
-            journal = open_journal(folder, header, resume=resume, skip_failed=skip_failed)
-            manifest = Manifest(folder, header, sources, resumed=resume)
-            done = len(journal.finished)
-            if resume and not quiet:
-                console.say(f"resumed: {done} of {len(header.positions)} images are finished already")
+        header = RunHeader.of(
+            inputs.images, loaded.classes, info=info, options=options, formats=sorted(wanted), shard=part
+        )
+        positions = processes.stretch(header.positions)
+        summary = journal = None
         try:
-            sinks: list[Sink]
             if folder is None:
-                sinks = [make_stream_sink(console.StdoutFile(), min(wanted), loaded.classes)]
+                sinks: list[Sink] = [make_stream_sink(console.StdoutFile(), min(wanted), loaded.classes)]
             else:
+                journal = processes.open_journal(folder, header, sources, resume=resume, skip_failed=skip_failed)
                 # As the run began, so that a model that was moved since makes no difference.
-                info = journal.finished.headers[0].info if journal and journal.finished.headers else info
-                sinks = make_sinks(folder, wanted, loaded.classes, info, max_pixels=max_pixels)
-            with console.StopSignals() as stop, report.progress(len(header.positions) - done):
+                info = journal.finished.headers[0].info if journal.finished.headers else info
+                sinks = processes.make_sinks(
+                    lambda formats: make_sinks(folder, formats, loaded.classes, info, max_pixels=max_pixels), wanted
+                )
+            done = 0 if journal is None else sum(position in journal.finished for position in positions)
+            if resume:
+                report.say_resumed(done, len(positions))
+            with console.StopSignals() as stop, report.progress(len(positions) - done):
                 summary = detect_images(
                     inputs.images,
                     predictor,
@@ -249,20 +261,27 @@ def detect(
                     selection=selection,
                     max_pixels=max_pixels,
                     draft=draft,
-                    positions=header.positions,
+                    positions=positions,
                     journal=journal,
                     on_result=report.add,
                     should_stop=lambda: stop.requested,
                 )
+                if folder is not None and not stop.requested:
+                    summary = processes.join(folder, header, inputs.images, summary)
         finally:
-            if journal is not None and manifest is not None:
-                journal.close()
-                manifest.close(summary, skipped=len(inputs.skipped))
+            processes.close(summary, skipped=len(inputs.skipped))
     report.end(summary, selection, folder)
     # A signal that came when the last image was done stopped nothing.
     code = stop.exit_code if summary.unfinished else exit_code(summary)
-    if code:
+    if code and (processes.is_main or summary.unfinished):
         raise typer.Exit(code)
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UsageError(f"--shard {text!r}: not a part. Give I/N with I from 1 to N, as 3/7.")
+    return int(number), int(count)
 
 
 def _parse_formats(text: str) -> frozenset[str]:

@@ -39,6 +39,11 @@ class Report:
         for path, reason in self._inputs.skipped:
             console.say(f"{path}: skipped ({reason})")
 
+    def say_resumed(self, done: int, count: int) -> None:
+        """How much of it an earlier run has finished."""
+        if not self._quiet:
+            console.say(f"resumed: {done} of {count} images are finished already")
+
     @contextmanager
     def progress(self, total: int) -> Iterator[None]:
         """Progress over ``total`` images while the block runs."""
@@ -76,7 +81,7 @@ class Report:
 
 def exit_code(summary: RunSummary) -> int:
     """The program's exit code for a run that went through."""
-    if summary.processed == 0:
+    if summary.failed and not summary.processed:
         return 4
     return 3 if summary.failed or summary.dropped else 0
 

@@ -32,6 +32,12 @@ _RESULT = re.compile(rb'\{"position": (\d+), "failed": (true|false), .*\}')
 _TRYING = re.compile(rb'\{"trying": (\d+)\}')
 
 
+def stretch(positions: range, part: int, parts: int) -> range:
+    """The ``part``-th of ``parts`` stretches, as equal as can be, of a range of step 1."""
+    ends = [positions.start + len(positions) * n // parts for n in (part - 1, part)]
+    return range(*ends)
+
+
 @dataclasses.dataclass(frozen=True)
 class RunHeader:
     """What decides a run's results; two runs of equal headers give equal files.
@@ -68,8 +74,7 @@ class RunHeader:
     @property
     def positions(self) -> range:
         """The inputs that are this run's: all, or the i-th of n equal stretches of them."""
-        part, parts = self.shard
-        return range(self.images * (part - 1) // parts, self.images * part // parts)
+        return stretch(range(self.images), *self.shard)
 
     def differences(self, now: RunHeader) -> list[str]:
         """In what ``now`` differs, in words: ``threshold 0.5, not 0.3``."""
@@ -105,13 +110,13 @@ class RunHeader:
 class Finished:
     """The finished images of one journal, or of several that together are one run's, by position among the inputs.
 
-    Where an image has several lines the last counts. ``culprit`` is the image that the process was at, alone, both
-    times it died: once may be chance. Raises OutputError for a file that is no journal.
+    Where an image has several lines the last counts. ``culprits`` are the images that a process was at, alone, when
+    it died, twice: once may be chance. Raises OutputError for a file that is no journal.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.headers: list[RunHeader] = []
-        self.culprit: int | None = None
+        self.culprits: set[int] = set()
         self._trying: int | None = None
         self.length = 0  # of what is whole of the last file
         self._paths = list(paths)
@@ -133,17 +138,25 @@ class Finished:
 
     def read(self, position: int, item: Input | None = None) -> ImageResult:
         """The result of one, of ``item`` or else of an input by the path and name it had."""
-        number, offset = self._places[position]
-        path = self._paths[number]
         try:
-            with path.open("rb") as file:
-                file.seek(offset)
-                return result_from(json.loads(file.readline()), item)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return result_from(json.loads(self.line(position)), item)
+        except (ValueError, KeyError, TypeError) as error:
+            path = self._paths[self._places[position][0]]
             raise OutputError(f"{path}: damaged ({error}). Start anew with --overwrite.") from error
+
+    def line(self, position: int) -> bytes:
+        """The line of one."""
+        number, offset = self._places[position]
+        try:
+            with self._paths[number].open("rb") as file:
+                file.seek(offset)
+                return file.readline()
+        except OSError as error:
+            raise OutputError(f"{self._paths[number]}: cannot be read ({error.strerror}). Check it.") from error
 
     def _scan(self, number: int) -> None:
         path = self._paths[number]
+        self._trying = None
         try:
             with path.open("rb") as file:
                 first = file.readline()
@@ -165,7 +178,8 @@ class Finished:
         if len(whole) == len(line):
             return False
         if match := _TRYING.fullmatch(whole):
-            self.culprit = int(match[1]) if self._trying == int(match[1]) else None
+            if self._trying == int(match[1]):
+                self.culprits.add(self._trying)
             self._trying = int(match[1])
             return True
         match = _RESULT.fullmatch(whole)
@@ -176,7 +190,8 @@ class Finished:
         self._failed.discard(position)
         if match[2] == b"true":
             self._failed.add(position)
-        self.culprit = self._trying = None
+        self._trying = None
+        self.culprits.discard(position)
         return True
 
 
@@ -200,24 +215,31 @@ class Journal:
         return cls(path, Finished([]))
 
     @classmethod
-    def go_on(cls, path: Path, header: RunHeader, *, skip_failed: bool = False, died: bool = False) -> Self:
-        """One that goes on with a run of the same header; without ``skip_failed`` its failures are tried again.
+    def go_on(
+        cls, paths: Sequence[Path], header: RunHeader, *, skip_failed: bool = False, died: bool = False
+    ) -> Self:
+        """One that goes on with a run of the same header, writing into the last of its journals ``paths``.
 
-        Raises UsageError for a run that differs, naming the difference.
+        That one need not be there. Without ``skip_failed`` the failures are tried again. Raises UsageError for a run
+        that differs, naming the difference.
         """
-        finished = Finished([path])
-        differences = finished.headers[0].differences(header)
-        if differences:
-            raise UsageError(
-                f"--resume: {path.parent} was started with {'; '.join(differences)}. "
-                "Run as then, or start anew with --overwrite."
-            )
-        try:
-            os.truncate(path, finished.length)
-        except OSError as error:
-            raise output_error(path, error) from error
+        path = paths[-1]
+        finished = Finished(paths if path.exists() else paths[:-1])
+        for differences in (before.differences(header) for before in finished.headers):
+            if differences:
+                raise UsageError(
+                    f"--resume: {path.parent} was started with {'; '.join(differences)}. "
+                    "Run as then, or start anew with --overwrite."
+                )
         if not skip_failed:
             finished.forget_failures()
+        if not path.exists():
+            write_atomically(path, header.to_line(), durable=True)
+        else:
+            try:
+                os.truncate(path, finished.length)
+            except OSError as error:
+                raise output_error(path, error) from error
         return cls(path, finished, suspects=skip_failed and died)
 
     def add(self, position: int, result: ImageResult) -> None:

@@ -169,11 +169,11 @@ class _Keeper:
 
     def pending(self) -> Iterator[Numbered]:
         """The inputs that are not finished."""
-        culprit = None if self._journal is None or not self._journal.has_suspects else self._journal.finished.culprit
+        culprits = self._journal.finished.culprits if self._journal is not None and self._journal.has_suspects else ()
         for position in self._positions:
             if self._journal is None or position not in self._journal.finished:
                 item = self._inputs[position]
-                item = replace(item, failure=_DIED) if position == culprit else item
+                item = replace(item, failure=_DIED) if position in culprits else item
                 yield Numbered(position, item, self._ids[position])
 
     def take(self, result: ImageResult, picture: Image.Image | None) -> None:
@@ -197,7 +197,7 @@ class _Keeper:
             if self._journal is not None:
                 self._journal.add(self._next, drawn.result)
             self._next += 1
-            _count(self.summary, drawn.result)
+            count_result(self.summary, drawn.result)
             self._on_result(drawn.result)
 
     def end(self, failure: str) -> None:
@@ -217,7 +217,7 @@ class _Keeper:
             result = self._journal.finished.read(self._next, self._inputs[self._next])
             for sink in self._sinks:
                 sink.add(result, None)
-            _count(self.summary, result)
+            count_result(self.summary, result)
             self.summary.resumed += 1
             self._next += 1
 
@@ -282,7 +282,8 @@ def _result(read: Read, found: ImageDetections, seconds: float) -> ImageResult:
     )
 
 
-def _count(summary: RunSummary, result: ImageResult) -> None:
+def count_result(summary: RunSummary, result: ImageResult) -> None:
+    """Add one result to the counts."""
     if result.failure is not None:
         summary.failed += 1
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from ddetr_cli.atomic import is_leftover, remove_leftovers
+from ddetr_cli.atomic import is_leftover, output_error, remove_leftovers
 from ddetr_cli.detect.journal import JOURNAL_FILE, Journal, RunHeader
 from ddetr_cli.detect.manifest import RUNNING, read_manifest
 from ddetr_cli.errors import OutputError
@@ -14,6 +14,8 @@ from ddetr_cli.lock import LOCK_FILE, folder_lock
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+_JOURNALS = "journal*.jsonl"
 
 
 @contextmanager
@@ -37,20 +39,38 @@ def check_resumable(folder: Path) -> None:
     """Raise OutputError for a folder that holds something and no run to go on with; one without anything is fine."""
     with suppress(OSError):  # one that cannot be read cannot be written either, and is refused for that
         names = {path.name for path in folder.iterdir()}
-        if JOURNAL_FILE not in names and any(name != LOCK_FILE and not is_leftover(name) for name in names):
+        if not journals_in(folder) and any(name != LOCK_FILE and not is_leftover(name) for name in names):
             raise OutputError(
                 f"{folder}: holds no run to resume ({JOURNAL_FILE} is missing). "
                 "Choose another --output, or start anew with --overwrite."
             )
 
 
-def open_journal(folder: Path, header: RunHeader, *, resume: bool, skip_failed: bool) -> Journal:
-    """The journal of a run in its own ``folder``: a new one, or with ``resume`` that of an earlier run, if any.
+def journals_in(folder: Path) -> list[Path]:
+    """The journals of the run in ``folder``: of one process, or one for each of several."""
+    return sorted(folder.glob(_JOURNALS))
 
-    Raises UsageError for an earlier run of other options or inputs, and OutputError.
+
+def open_journal(
+    folder: Path, header: RunHeader, *, resume: bool, skip_failed: bool, process: tuple[int, int] = (1, 1)
+) -> Journal:
+    """The journal of a run in its own ``folder``: a new one, or with ``resume`` one that goes on with an earlier run.
+
+    ``process`` (i, n): that of the i-th of n processes. Raises UsageError for an earlier run of other options or
+    inputs, and OutputError.
     """
-    path = folder / JOURNAL_FILE
-    if not (resume and path.exists()):
+    path = folder / (JOURNAL_FILE if process[1] == 1 else "journal-{}-of-{}.jsonl".format(*process))
+    earlier = [other for other in journals_in(folder) if other != path]
+    if not resume:
         return Journal.begin(path, header)
     died = read_manifest(folder).get("state") == RUNNING
-    return Journal.go_on(path, header, skip_failed=skip_failed, died=died)
+    return Journal.go_on([*earlier, path], header, skip_failed=skip_failed, died=died)
+
+
+def remove_journals(folder: Path) -> None:
+    """Forget the earlier run in ``folder``. Raises OutputError."""
+    for path in journals_in(folder):
+        try:
+            path.unlink()
+        except OSError as error:
+            raise output_error(path, error) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -94,7 +95,7 @@ def others_alive() -> Iterator[None]:
         ):
             raise
         raise DeviceError(
-            f"training: another of its processes has ended or does not answer ({text.splitlines()[0][:200]}). "
+            f"this run: another of its processes has ended or does not answer ({text.splitlines()[0][:200]}). "
             "Its own last message says why."
         ) from error
 
@@ -129,8 +130,11 @@ def device_name(name: str) -> str:
 
 
 @contextmanager
-def open_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The processes of this training, connected while the block runs. Raises DeviceError where they do not meet."""
+def open_ranks(device: torch.device, *, patience: timedelta | None = None) -> Iterator[Ranks]:
+    """The processes of this run, connected while the block runs; ``patience``: how long they wait for each other.
+
+    Raises DeviceError where they do not meet.
+    """
     rank, count, _ = world()
     if count == 1:
         yield Ranks()
@@ -139,11 +143,11 @@ def open_ranks(device: torch.device) -> Iterator[Ranks]:
     if is_cuda:
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if is_cuda else "gloo")
+        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=patience)
         host: Any = dist.new_group(backend="gloo") if is_cuda else None
     except (RuntimeError, ValueError) as error:
         raise DeviceError(
-            f"training: its {count} processes do not find each other ({str(error).splitlines()[0][:200]}). "
+            f"this run: its {count} processes do not find each other ({str(error).splitlines()[0][:200]}). "
             "Start with torchrun, or set MASTER_ADDR and MASTER_PORT."
         ) from error
     try:
