@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ddetr_cli.evaluate.matching import IOU_THRESHOLDS, LIMITS, SIZES, Matches
+from ddetr_cli.evaluate.matching import IOU_THRESHOLDS, LIMITS, Matches
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 _EPSILON = np.spacing(1)  # pycocotools adds it to the number of detections
@@ -34,8 +34,8 @@ class Curves:
 
 def accumulate(matches: Matches) -> Curves:
     """The curves of every class, size and threshold."""
-    thresholds, recalls, sizes, limits = len(IOU_THRESHOLDS), len(RECALLS), len(SIZES), len(LIMITS)
-    classes = len(matches.classes)
+    thresholds, recalls, limits = len(IOU_THRESHOLDS), len(RECALLS), len(LIMITS)
+    classes, sizes = len(matches.classes), matches.is_outside.shape[1]
     precision = np.full((thresholds, recalls, classes, sizes), -1.0)
     score = np.full((thresholds, recalls, classes, sizes), -1.0)
     recall = np.full((thresholds, classes, sizes, limits), -1.0)

@@ -9,7 +9,7 @@ those of all images in the same step: first the best of every image and class, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,6 +27,8 @@ SIZES = {
     "large": (96.0**2, 1e5**2),
 }
 LIMITS = (1, 10, 100)  # detections per image and class
+
+Sizes = Mapping[str, tuple[float, float]]
 
 _PAIRS = 1 << 20  # pairs of boxes compared at a time
 
@@ -74,9 +76,12 @@ class Matches:
     past_limit: int
 
 
-def match(ground_truth: CocoAnnotations, table: DetectionTable) -> Matches:
-    """The matches of a table of ``ground_truth``; detections of unlisted categories are left out."""
-    objects = columns(ground_truth)
+def match(ground_truth: CocoAnnotations, table: DetectionTable, sizes: Sizes = SIZES) -> Matches:
+    """The matches of a table of ``ground_truth``; detections of unlisted categories are left out.
+
+    ``sizes`` are ranges of area in px², both ends within.
+    """
+    objects = columns(ground_truth, sizes)
     image_rank = ranks([image.id for image in ground_truth.images])
     class_rank = ranks([category.id for category in ground_truth.categories])
     images, classes = len(image_rank), len(class_rank)
@@ -94,7 +99,7 @@ def match(ground_truth: CocoAnnotations, table: DetectionTable) -> Matches:
     boxes = table.boxes_xywh[row]
     area = boxes[:, 2] * boxes[:, 3]
     of_objects = class_rank[objects.category] * images + image_rank[objects.image]
-    detection, target, iou = _overlapping(boxes, group, objects, of_objects)
+    detection, target, iou = overlapping(boxes, group, objects, of_objects, IOU_THRESHOLDS[0])
     candidate, which = np.unique(detection, return_inverse=True)
     found, is_hit, is_excused = _assign(which, target, iou, group[candidate], rank[candidate], objects)
     return Matches(
@@ -106,7 +111,7 @@ def match(ground_truth: CocoAnnotations, table: DetectionTable) -> Matches:
         image,
         table.scores[row],
         rank,
-        np.stack([(area < low) | (area > high) for low, high in SIZES.values()], axis=1),
+        np.stack([(area < low) | (area > high) for low, high in sizes.values()], axis=1),
         candidate,
         found,
         is_hit,
@@ -115,7 +120,7 @@ def match(ground_truth: CocoAnnotations, table: DetectionTable) -> Matches:
     )
 
 
-def columns(ground_truth: CocoAnnotations) -> Objects:
+def columns(ground_truth: CocoAnnotations, sizes: Sizes = SIZES) -> Objects:
     """The annotations in columns, in their order."""
     image_at = {image.id: index for index, image in enumerate(ground_truth.images)}
     category_at = {category.id: index for index, category in enumerate(ground_truth.categories)}
@@ -127,7 +132,7 @@ def columns(ground_truth: CocoAnnotations) -> Objects:
         np.array([category_at[a.category_id] for a in annotations], dtype=np.int64),
         np.array([a.bbox_xywh for a in annotations], dtype=np.float64).reshape(-1, 4),
         is_crowd,
-        np.stack([is_crowd | (area < low) | (area > high) for low, high in SIZES.values()], axis=1),
+        np.stack([is_crowd | (area < low) | (area > high) for low, high in sizes.values()], axis=1),
     )
 
 
@@ -157,10 +162,10 @@ def overlaps(
     return np.where((wide > 0) & (shared > 0), iou, 0.0)
 
 
-def _overlapping(
-    boxes: NDArray[np.float64], group: Ints, objects: Objects, of_objects: Ints
+def overlapping(
+    boxes: NDArray[np.float64], group: Ints, objects: Objects, of_objects: Ints, least: float
 ) -> tuple[Ints, Ints, NDArray[np.float64]]:
-    """(detection, object, IoU) of all pairs of one image and class that overlap by the lowest threshold or more."""
+    """(detection, object, IoU) of all pairs of one group, as ``of_objects`` (G,) says, that overlap by ``least``."""
     by_group = np.argsort(of_objects, kind="stable")
     in_order = of_objects[by_group]
     first = np.searchsorted(in_order, group, side="left")
@@ -173,7 +178,7 @@ def _overlapping(
         steps = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
         target = by_group[np.repeat(first[part], times) + steps]
         iou = overlaps(boxes[detection], objects.boxes_xywh[target], objects.is_crowd[target])
-        enough = iou >= IOU_THRESHOLDS[0]
+        enough = iou >= least
         found.append((detection[enough], target[enough], iou[enough]))
     if not found:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
@@ -195,7 +200,7 @@ def _assign(
 
     ``which`` (P,) is the candidate of each pair; of two objects equally near the later one is taken.
     """
-    candidates, sizes, thresholds = len(group), len(SIZES), len(IOU_THRESHOLDS)
+    candidates, sizes, thresholds = len(group), objects.is_ignored.shape[1], len(IOU_THRESHOLDS)
     found = np.full((candidates, thresholds), -1, dtype=np.int32)
     is_hit = np.zeros((candidates, sizes, thresholds), dtype=bool)
     is_excused = np.zeros((candidates, sizes, thresholds), dtype=bool)
