@@ -185,6 +185,7 @@ def test_limit_scores_only_the_first_images(dataset: Path, tmp_path: Path) -> No
         ["DATA", "--limit", "0"],
         ["DATA", "--bootstrap", "1"],
         ["DATA", "--evaluator", "theirs"],
+        ["DATA", "--predictions", "RESULTS", "--report"],
         ["DATA", "--predictions", "RESULTS", "--predictions", "RESULTS"],
         ["DATA", "--predictions", "RESULTS", "--images", "DATA", "--images", "DATA/images"],
         ["DATA", "--predictions", "RESULTS", "--images", "RESULTS", "--images", "DATA/annotations/val.json"],
@@ -397,3 +398,26 @@ def test_two_processes_score_as_one(dataset: Path, checkpoint: Path, tmp_path: P
     assert outputs[1] == ("", "")  # one of them talks
     for name in ("detections.json", "metrics.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_a_report_is_written_beside_the_numbers(
+    dataset: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["eval", str(dataset), "-m", str(checkpoint), "--device", "cpu", "--report", "-o", str(out)]
+    assert main(arguments) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["detections.json", "metrics.json", "plots", "report.html"]
+    page = (out / "report.html").read_text()
+    assert "<h1>tiny.safetensors on data, val</h1>" in page
+    assert page.count("data:image/jpeg") == 2
+    assert str(out / "report.html") in capsys.readouterr().err
+
+
+def test_a_report_without_matplotlib_is_refused_before_any_work(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    arguments = ["eval", str(dataset), "--predictions", str(dataset / "results.json"), "--report"]
+    assert main([*arguments, "-o", str(tmp_path / "out")]) == 2
+    assert "matplotlib is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ddetr_cli.cli import console
+from ddetr_cli.cli.eval_compare import compare_runs, results_file, run_name
 from ddetr_cli.cli.eval_tables import print_metrics
 from ddetr_cli.cli.predictor import (
     DEFAULT_MODEL,
@@ -83,7 +85,7 @@ def evaluate(
             "--output",
             "-o",
             metavar="DIR",
-            help="Folder for detections.json and metrics.json; refused if it exists.",
+            help="Folder for detections.json, metrics.json and the report; refused if it exists.",
         ),
     ] = None,
     evaluator: Annotated[
@@ -123,6 +125,18 @@ def evaluate(
             help="Add 95 % intervals of the numbers, from N data sets drawn from its images.",
         ),
     ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--compare",
+            metavar="A B",
+            help="Two results files, or --output folders of two runs, side by side: what changed from A to B.",
+        ),
+    ] = None,
+    report: Annotated[
+        bool,
+        typer.Option("--report", help="Also write report.html, a page that needs no network, and plots/*.png."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into an existing --output.")] = False,
 ) -> None:
     """Score a model, or a results file, on a data set in COCO format: AP and AR as pycocotools computes them."""
@@ -131,10 +145,20 @@ def evaluate(
         raise UsageError(
             "--predictions and --model: contradict each other (a results file needs no model). Give one."
         )
+    if report:
+        from ddetr_cli.plots import check_plots
+
+        if output is None:
+            raise UsageError("--report: has no place to go. Give --output DIR.")
+        check_plots("--report")
+    if compare is not None:
+        if predictions or model is not None:
+            raise UsageError("--compare: takes the two runs to compare. Leave out --model and --predictions.")
+        predictions = [results_file(path) for path in compare]
     for file in predictions:
         if not file.exists():
-            raise UsageError(f"{file}: no such results file. Check the path of --predictions.")
-    if len(set(predictions)) < len(predictions):
+            raise UsageError(f"{file}: no such results file. Check the path.")
+    if len(set(predictions)) < len(predictions) and compare is None:
         raise UsageError("--predictions: one file is given twice. Give each part once.")
     model = DEFAULT_MODEL if model is None else model
     check_model_options(model, device=device, preset=preset)
@@ -165,6 +189,16 @@ def evaluate(
         which = f"{used} of {total} images" if used < total else f"{total} images"
         console.say(f"data: {paths.annotations} ({which})")
     complete = True
+    if compare is not None:
+        tables = []
+        for file in predictions:
+            tables.append(read_predictions([file], whole).of(ground_truth))
+            _check_coverage(ground_truth, tables[-1], file, allow_partial=allow_partial)
+        compare_runs(
+            compare, (tables[0], tables[1]), ground_truth, paths.images,
+            output=output, report=report, bootstrap=bootstrap, per_class=per_class,
+        )  # fmt: skip
+        return
     if predictions:
         detections = read_predictions(predictions, whole)
         detections = detections if ground_truth is whole else detections.of(ground_truth)
@@ -206,7 +240,15 @@ def evaluate(
             )
     if output is not None:
         _write(output, metrics, detections, per_class=per_class)
-        console.say(f"written: {output / 'metrics.json'}, {output / 'detections.json'}")
+        written = [output / "metrics.json", output / "detections.json"]
+        if report:
+            from ddetr_cli.evaluate.report.evaluated import Evaluated
+            from ddetr_cli.evaluate.report.report import write_report
+
+            name = ", ".join(run_name(file) for file in predictions) or run_name(Path(model))
+            run = Evaluated(name, ground_truth, paths.images, detections, matches, curves, metrics)
+            written.append(write_report(run, output, datetime.now().astimezone()))
+        console.say(f"written: {', '.join(map(str, written))}")
     print_metrics(metrics, per_class=per_class, sole_output=output is None)
     if not complete:
         raise typer.Exit(3)

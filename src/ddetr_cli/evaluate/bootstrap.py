@@ -34,8 +34,13 @@ def intervals(
     for _ in range(samples):
         draws.append(numbers.of(np.bincount(random.integers(0, images, images), minlength=images)))
         on_sample()
+    return spread(np.array(draws))
+
+
+def spread(draws: NDArray[np.float64]) -> dict[str, Interval | None]:
+    """The 95 % interval of each of the twelve numbers over draws (samples,12); None for one that no draw has."""
     found: dict[str, Interval | None] = {}
-    for name, column in zip(DEFINITIONS, np.array(draws).T, strict=True):
+    for name, column in zip(DEFINITIONS, draws.T, strict=True):
         present = column[~np.isnan(column)]
         low, high = np.percentile(present, _COVERED).tolist() if present.size else (0.0, 0.0)
         found[name] = (low, high) if present.size else None
