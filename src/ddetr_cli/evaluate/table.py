@@ -112,14 +112,13 @@ class TableBuilder:
     def __len__(self) -> int:
         return len(self._scores)
 
-    def knows_image(self, image_id: ImageId) -> bool:
-        """Whether the ground truth lists this image."""
-        return image_id in self._images
-
     def add(self, image_id: ImageId, category_id: CategoryId, bbox_xywh: Sequence[float], score: float) -> None:
         """One more row. Raises KeyError for an image the ground truth does not list."""
         self._image.append(self._images[image_id])
-        self._category.append(self._categories.setdefault(category_id, len(self._categories)))
+        category = self._categories.get(category_id)
+        if category is None:
+            category = self._categories[category_id] = len(self._categories)
+        self._category.append(category)
         self._boxes.extend(bbox_xywh)
         self._scores.append(score)
 
