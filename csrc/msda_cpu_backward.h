@@ -24,7 +24,7 @@ struct VectorGradient {
     }
 
     // <gradient, neighbour> of the four neighbours of a point.
-    DDETR_INLINE void dots(const T* const* neighbours, R* dots) const {
+    DDETR_INLINE void dots(const T* const (&neighbours)[4], R (&dots)[4]) const {
         Vec<R> products[4];
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) {
@@ -34,7 +34,7 @@ struct VectorGradient {
                 products[n] = multiply_add(grad[v], load(neighbours[n] + v * kLanes<R>), products[n]);
             }
         }
-        sum_lanes_of_four<R>(products, dots);
+        sum_lanes_of_four(products, dots);
     }
 
     DDETR_INLINE void add_to(R* sums, R factor) const {
@@ -57,7 +57,7 @@ struct ScalarGradient {
         for (int64_t c = 0; c < channels; ++c) grad[c] = to_real(from[c]);
     }
 
-    DDETR_INLINE void dots(const T* const* neighbours, R* dots) const {
+    DDETR_INLINE void dots(const T* const (&neighbours)[4], R (&dots)[4]) const {
         for (int n = 0; n < 4; ++n) {
             dots[n] = 0;
             for (int64_t c = 0; c < channels; ++c) dots[n] += grad[c] * to_real(neighbours[n][c]);
@@ -130,18 +130,16 @@ struct Backward {
         locate(points, q, first, count);
         const T* grad = static_cast<const T*>(problem.grad_output) + query_head * n.channels;
         prefetch_read(grad + 4 * n.heads * n.channels, problem.row_bytes());
-        for (int64_t i = 0; i < count; ++i) {
-            for (int k = 0; k < 4; ++k) dots[i][k] = 0;
-        }
-        int64_t channel = 0;
-        for (; n.channels - channel >= 32; channel += 32) add_part<VectorGradient<32, T>>(grad, channel, 32, count);
-        if (n.channels - channel >= 16) {
-            add_part<VectorGradient<16, T>>(grad, channel, 16, count);
-            channel += 16;
-        }
-        if (channel < n.channels) add_part<ScalarGradient<T>>(grad, channel, n.channels - channel, count);
         R* grad_weights = static_cast<R*>(problem.grad_weights) + query_head * samples + first;
         R* grad_xy = static_cast<R*>(problem.grad_sampling_xy) + 2 * (query_head * samples + first);
+        prefetch_write(grad_weights + 4 * n.heads * samples, count * kRealBytes);
+        prefetch_write(grad_xy + 8 * n.heads * samples, 2 * count * kRealBytes);
+        if (n.channels == 0) memset(dots, 0, sizeof(dots));
+        if (problem.bands == 1) {
+            add_parts<false>(grad, count);
+        } else {
+            add_parts<true>(grad, count);
+        }
         const R* weights = points.weights + q * points.row_samples + first;
         for (int64_t i = 0; i < count; i += kBlock) {
             if (count - i >= kBlock && problem.bands == 1) {
@@ -165,52 +163,86 @@ struct Backward {
         return at >= band_begin && at < band_end;
     }
 
-    // Adds a part of the channels to the dots of all points and to the sums.
-    template <typename Gradient>
+    // The dots of all points with a part of the channels, or what it adds to
+    // them; and the part of the sums.
+    template <typename Gradient, bool kHasBands>
     DDETR_NOINLINE void add_part(const T* grad, int64_t channel, int64_t channels, int64_t count) {
         const Gradient gradient(grad + channel, channels);
         const char* part_value = value + channel * kElementBytes;
         char* part_sums = sums + channel * kRealBytes;
+        const Offset no_neighbour = zeros, first_byte = band_begin, last_byte = band_end;
         R unused[32];  // sums of what is not a neighbour
         for (int64_t i = 0; i < count; ++i) {
             const Neighbours<Offset, R>& block = near[i / kBlock];
             const int64_t j = i % kBlock;
-            if (problem.bands == 1 || owns(block, j)) {
-                const T* rows[4];
-                for (int k = 0; k < 4; ++k) rows[k] = reinterpret_cast<const T*>(part_value + block.at[k][j]);
-                R part_dots[4];
-                gradient.dots(rows, part_dots);
-                for (int k = 0; k < 4; ++k) dots[i][k] += part_dots[k];
+            if (!kHasBands || owns(block, j)) {
+                const T* const rows[4] = {
+                    reinterpret_cast<const T*>(part_value + block.at[0][j]),
+                    reinterpret_cast<const T*>(part_value + block.at[1][j]),
+                    reinterpret_cast<const T*>(part_value + block.at[2][j]),
+                    reinterpret_cast<const T*>(part_value + block.at[3][j]),
+                };
+                if (channel == 0) {
+                    gradient.dots(rows, dots[i]);
+                } else {
+                    R more[4];
+                    gradient.dots(rows, more);
+                    for (int k = 0; k < 4; ++k) dots[i][k] += more[k];
+                }
             }
+#pragma GCC unroll 4
             for (int k = 0; k < 4; ++k) {
                 const Offset at = block.at[k][j];
-                if (problem.bands > 1 && (at < band_begin || at >= band_end)) continue;
-                R* to = reinterpret_cast<R*>(part_sums + at / kElementBytes * kRealBytes);
-                gradient.add_to(at != zeros ? to : unused, block.factor[k][j]);
+                if (kHasBands && (at < first_byte || at >= last_byte)) continue;
+                R* to = reinterpret_cast<R*>(part_sums + at * (kRealBytes / kElementBytes));
+                gradient.add_to(at != no_neighbour ? to : unused, block.factor[k][j]);
             }
         }
     }
 
+    template <bool kHasBands>
+    void add_parts(const T* grad, int64_t count) {
+        int64_t channel = 0;
+        for (; n.channels - channel >= 32; channel += 32) {
+            add_part<VectorGradient<32, T>, kHasBands>(grad, channel, 32, count);
+        }
+        if (n.channels - channel >= 16) {
+            add_part<VectorGradient<16, T>, kHasBands>(grad, channel, 16, count);
+            channel += 16;
+        }
+        if (channel < n.channels) add_part<ScalarGradient<T>, kHasBands>(grad, channel, n.channels - channel, count);
+    }
+
     template <int64_t kCount>
     DDETR_NOINLINE void point_gradients(int64_t b, const R* weights, R* grad_weights, R* grad_xy, int64_t points) {
-        const int64_t count = kCount > 0 ? kCount : points;
         const Neighbours<Offset, R>& block = near[b];
+        // <gradient, zeros> is NaN where the gradient is; one array for each
+        // neighbour, so that all points become one vector
+        alignas(64) R of[4][kBlock], by_x[kBlock], by_y[kBlock];
         const R(*block_dots)[4] = dots + b * kBlock;
+        for (int64_t j = 0; j < kBlock; ++j) {
+            of[0][j] = block_dots[j][0];
+            of[1][j] = block_dots[j][1];
+            of[2][j] = block_dots[j][2];
+            of[3][j] = block_dots[j][3];
+        }
+        for (int64_t j = 0; j < kBlock; ++j) {
+            const R right = slopes[b].right[j], left = 1 - right, low = slopes[b].low[j], high = 1 - low;
+            const R d0 = block.at[0][j] != zeros ? of[0][j] : R(0), d1 = block.at[1][j] != zeros ? of[1][j] : R(0);
+            const R d2 = block.at[2][j] != zeros ? of[2][j] : R(0), d3 = block.at[3][j] != zeros ? of[3][j] : R(0);
+            by_x[j] = blocks[b].width[j] * (high * (d1 - d0) + low * (d3 - d2));
+            by_y[j] = blocks[b].height[j] * (left * (d2 - d0) + right * (d3 - d1));
+            of[0][j] = high * (left * d0 + right * d1) + low * (left * d2 + right * d3);
+        }
+        const int64_t count = kCount > 0 ? kCount : points;
 #pragma GCC ivdep
         for (int64_t j = 0; j < count; ++j) {
             if (kCount == 0 && problem.bands > 1 && !owns(block, j)) continue;
-            const R right = slopes[b].right[j], left = 1 - right, low = slopes[b].low[j], high = 1 - low;
-            // <gradient, zeros> is NaN where the gradient is
-            const R d0 = block.at[0][j] != zeros ? block_dots[j][0] : 0;
-            const R d1 = block.at[1][j] != zeros ? block_dots[j][1] : 0;
-            const R d2 = block.at[2][j] != zeros ? block_dots[j][2] : 0;
-            const R d3 = block.at[3][j] != zeros ? block_dots[j][3] : 0;
-            const R by_x = high * (d1 - d0) + low * (d3 - d2), by_y = left * (d2 - d0) + right * (d3 - d1);
-            const R sample = high * (left * d0 + right * d1) + low * (left * d2 + right * d3);
             const bool is_used = slopes[b].is_used[j] != 0;  // the weight of an unused point may be NaN
-            grad_weights[j] = is_used ? sample : 0;
-            grad_xy[2 * j] = is_used ? weights[j] * blocks[b].width[j] * by_x : 0;
-            grad_xy[2 * j + 1] = is_used ? weights[j] * blocks[b].height[j] * by_y : 0;
+            const R weight = weights[j];
+            grad_weights[j] = is_used ? of[0][j] : R(0);
+            grad_xy[2 * j] = is_used ? weight * by_x[j] : R(0);
+            grad_xy[2 * j + 1] = is_used ? weight * by_y[j] : R(0);
         }
     }
 };

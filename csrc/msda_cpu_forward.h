@@ -158,31 +158,38 @@ struct Forward {
         if (samples <= kMostSamples) describe_blocks(problem, 0, samples, blocks);
     }
 
-    // Queries are taken several at a time, for one head after the other: first
-    // all their points are located.
+    // Queries are taken several at a time: first all their points are located.
+    // Where value is read in its place, one head takes all queries before the
+    // next, so that its coarser levels stay in the cache.
     void run(int64_t begin, int64_t end) {
         const int64_t row_blocks = samples > 0 ? (samples + kBlock - 1) / kBlock : 1;
         const int64_t rows_at_once = row_blocks < kBlocks ? least(kBlocks / row_blocks, kRowsAtOnce) : 1;
-        for (int64_t q = begin; q < end; q += rows_at_once) {
-            const int64_t rows = least(rows_at_once, end - q);
+        const int64_t rows_of_a_head = problem.packed != nullptr ? rows_at_once : end - begin;
+        for (int64_t first = begin; first < end; first += rows_of_a_head) {
+            const int64_t last = least(first + rows_of_a_head, end);
             for (int64_t m = problem.first_head; m < problem.first_head + problem.heads; ++m) {
-                const Points points(problem, problem.member, m);
-                const char* value = problem.head_rows(m);
-                const Offset zeros = static_cast<Offset>(reinterpret_cast<intptr_t>(problem.head_zeros(m)) -
-                                                         reinterpret_cast<intptr_t>(value));
-                const int64_t first = ((problem.member * n.queries + q) * n.heads + m) * n.channels;
-                T* output = static_cast<T*>(problem.output) + first;
-                if (samples > kMostSamples) {
-                    sum_long_row(points, q, value, zeros, output);
-                    continue;
+                for (int64_t q = first; q < last; q += rows_at_once) {
+                    sum_queries(m, q, least(rows_at_once, last - q), row_blocks);
                 }
-                locate_rows(points, blocks, q, rows, row_blocks, samples, zeros, near);
-                for (int64_t i = 0; i < rows; ++i) {
-                    prefetch_write(output + (i + kRowsAtOnce) * row_stride, problem.row_bytes());
-                }
-                sum_channels<T>(value, near, row_blocks, samples, n.channels, output, row_stride, rows);
             }
         }
+    }
+
+    void sum_queries(int64_t m, int64_t q, int64_t rows, int64_t row_blocks) {
+        const Points points(problem, problem.member, m);
+        const char* value = problem.head_rows(m);
+        const Offset zeros = static_cast<Offset>(reinterpret_cast<intptr_t>(problem.head_zeros(m)) -
+                                                 reinterpret_cast<intptr_t>(value));
+        T* output = static_cast<T*>(problem.output) + ((problem.member * n.queries + q) * n.heads + m) * n.channels;
+        if (samples > kMostSamples) {
+            sum_long_row(points, q, value, zeros, output);
+            return;
+        }
+        locate_rows(points, blocks, q, rows, row_blocks, samples, zeros, near);
+        for (int64_t i = 0; i < rows; ++i) {
+            prefetch_write(output + (i + kRowsAtOnce) * row_stride, problem.row_bytes());
+        }
+        sum_channels<T>(value, near, row_blocks, samples, n.channels, output, row_stride, rows);
     }
 
     // A row of more points than are located at once.

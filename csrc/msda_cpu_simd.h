@@ -256,10 +256,38 @@ DDETR_INLINE auto max_lanes(V v) {
     }
 }
 
-// Sums of the lanes of four vectors, each in the order that sum_lanes has.
-template <typename R>
-DDETR_INLINE void sum_lanes_of_four(const Vec<R>* v, R* sums) {
+// Sums of the lanes of four vectors, all in one fixed order.
+DDETR_INLINE void sum_lanes_of_four(const DoubleVec* v, double* sums) {
     for (int i = 0; i < 4; ++i) sums[i] = sum_lanes(v[i]);
+}
+DDETR_INLINE void sum_lanes_of_four(const FloatVec* v, float* sums) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+    // Numbers of two vectors side by side, then of four: every 128 bits then
+    // hold a part of all four sums.
+#if defined(__AVX512F__)
+    const auto pair = [](FloatVec a, FloatVec b) {
+        const __m512 x = bits_as<__m512>(a), y = bits_as<__m512>(b);
+        return _mm512_maskz_unpacklo_ps(0xffff, x, y) + _mm512_maskz_unpackhi_ps(0xffff, x, y);
+    };
+    const __m512d first = _mm512_castps_pd(pair(v[0], v[1])), second = _mm512_castps_pd(pair(v[2], v[3]));
+    const __m512 parts = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, first, second)) +
+                         _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, first, second));
+    __m256 half[2];
+    memcpy(half, &parts, sizeof(half));
+    const __m256 halves = half[0] + half[1];
+#else
+    const auto pair = [](FloatVec a, FloatVec b) {
+        const __m256 x = bits_as<__m256>(a), y = bits_as<__m256>(b);
+        return _mm256_unpacklo_ps(x, y) + _mm256_unpackhi_ps(x, y);
+    };
+    const __m256d first = _mm256_castps_pd(pair(v[0], v[1])), second = _mm256_castps_pd(pair(v[2], v[3]));
+    const __m256 halves =
+        _mm256_castpd_ps(_mm256_unpacklo_pd(first, second)) + _mm256_castpd_ps(_mm256_unpackhi_pd(first, second));
+#endif
+    _mm_storeu_ps(sums, _mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1));
+#else
+    for (int i = 0; i < 4; ++i) sums[i] = sum_lanes(v[i]);
+#endif
 }
 
 // exp(x) for x <= 0 to 2e-7 of the result, and 0 below -87; NaN stays NaN.
