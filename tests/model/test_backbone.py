@@ -77,3 +77,28 @@ def test_a_frozen_norm_divides_by_the_root_of_variance_plus_eps():
     )  # fmt: skip
     x = torch.full((1, 1, 1, 1), 6.0)
     assert float(norm(x)) == pytest.approx(3.0 * 4.0 / (4.0 + 1e-5) ** 0.5 + 0.5, rel=1e-6)
+
+
+def test_constants_of_frozen_batch_norm_move_into_the_convolutions_under_autocast_only():
+    trunk = _with_random_statistics(ResNet(BACKBONES["resnet50"]))
+    pixels = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    calls: list[torch.dtype] = []
+    norm = trunk.get_submodule("layer4.0.bn1")
+    norm.register_forward_hook(lambda _, __, output: calls.append(output.dtype))
+    exact = trunk(pixels)
+    assert calls == [torch.float32]
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = trunk(pixels)
+    assert calls == [torch.float32]
+    for ours, wanted in zip(maps, exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        # Fifty layers of 8-bit mantissas.
+        assert (ours.float() - wanted).norm() < 0.03 * wanted.norm()
+    gradients = []
+    for enabled in (False, True):
+        trunk.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = sum(m.float().square().mean() for m in trunk(pixels))
+        loss.backward()
+        gradients.append(trunk.get_submodule("layer4.0.conv1").weight.grad.clone())
+    assert (gradients[1] - gradients[0]).norm() < 0.15 * gradients[0].norm()  # there and back

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ddetr_cli.train import augment as module
-from ddetr_cli.train.augment import Sample, augment, crop, resize
+from ddetr_cli.train.augment import Sample, augment, augmented_size, crop, resize
 
 
 def _sample(width: int = 200, height: int = 120) -> Sample:
@@ -45,6 +45,15 @@ def test_jitter_keeps_the_frame_the_network_will_see(name: str) -> None:
         found = augment(_sample(), name, 96, np.random.default_rng(seed))  # type: ignore[arg-type]
         # 200x120 at short side 96; the cap of the long side, 159, binds: 159/200 of 120 is 95.4.
         assert found.image.size == (158, 95)
+
+
+@pytest.mark.parametrize("name", ["paper", "jitter", "top-down"])
+def test_the_size_of_a_variation_is_known_without_the_picture(name: str) -> None:
+    for seed in range(40):
+        width, height = (200, 120) if seed % 2 else (70, 260)
+        found = augment(_sample(width, height), name, 96, np.random.default_rng(seed))  # type: ignore[arg-type]
+        expected = augmented_size(width, height, name, 96, np.random.default_rng(seed))  # type: ignore[arg-type]
+        assert found.image.size == expected[::-1]
 
 
 def test_paper_sizes_are_the_authors_at_800(monkeypatch: pytest.MonkeyPatch) -> None:

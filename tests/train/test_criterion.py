@@ -54,7 +54,7 @@ def _read(name: str) -> dict[str, Tensor]:
 def test_matches_are_the_authors(case: Case) -> None:
     binary = [Target(torch.zeros_like(t.labels), t.boxes_cxcywh) for t in case.targets]
     for name, pair in case.pairs.items():
-        (found,) = match([pair], binary if name == "enc" else case.targets, OBJECTIVES[case.family].cost)
+        (found,) = match([pair], [binary if name == "enc" else case.targets], OBJECTIVES[case.family].cost)
         for image, (queries, objects) in enumerate(found):
             wanted = case.numbers[f"{name}_match{image}"]
             order = objects.argsort()
@@ -107,7 +107,7 @@ def test_a_query_without_an_object_counts_a_tenth_in_detrs_class_loss() -> None:
 def test_more_objects_than_queries_match_every_query_once() -> None:
     boxes = torch.rand(1, 4, 4) * 0.5 + 0.2
     target = Target(torch.zeros(9, dtype=torch.long), torch.rand(9, 4) * 0.5 + 0.2)
-    ((pair,),) = match([(torch.zeros(1, 4, 2), boxes)], [target], OBJECTIVES[DEFORMABLE_DETR].cost)
+    ((pair,),) = match([(torch.zeros(1, 4, 2), boxes)], [[target]], OBJECTIVES[DEFORMABLE_DETR].cost)
     assert sorted(pair[0].tolist()) == [0, 1, 2, 3]
     assert len(set(pair[1].tolist())) == 4
 
@@ -119,7 +119,7 @@ def test_a_cost_that_is_not_finite_still_matches(family: str) -> None:
     boxes[0, 0] = float("nan")
     logits[0, 1] = float("nan")
     target = Target(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.5, 0.5]]))
-    (((queries, objects),),) = match([(logits, boxes)], [target], OBJECTIVES[family].cost)
+    (((queries, objects),),) = match([(logits, boxes)], [[target]], OBJECTIVES[family].cost)
     assert queries.tolist() == [2] and objects.tolist() == [0]
 
 
@@ -134,3 +134,13 @@ def test_giou_of_a_box_with_itself_is_one_and_of_distant_boxes_is_negative() -> 
     b = torch.tensor([[0.0, 0.0, 1.0, 1.0], [3.0, 0.0, 4.0, 1.0]])
     # Second pair: no overlap, union 2, hull 4.
     assert paired_giou(a, b).tolist() == pytest.approx([1.0, -0.5])
+
+
+def test_the_costs_of_all_layers_and_proposals_cross_to_the_host_in_one_copy(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[int] = []
+    copy = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.numel()) or copy(tensor))
+    Criterion(case.family)(case.output, case.targets)
+    assert len(copies) == 1

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from ddetr_cli.data.coco import read_annotations
-from ddetr_cli.errors import DatasetError
+from ddetr_cli.errors import DatasetError, UsageError
+from ddetr_cli.train import dataset as module
 from ddetr_cli.train.dataset import TrainingSet, collate
 from ddetr_cli.train.loader import open_batches
 from ddetr_cli.train.sampler import BatchSampler
@@ -65,9 +66,10 @@ def test_where_no_picture_can_be_read_one_is_named_whether_a_worker_reads_it_or_
     for path in (data / "images").iterdir():
         path.unlink()
     for workers in (0, 1):
+        dataset = _set(data)
         with (
             open_batches(
-                _set(data), BatchSampler([1.0] * 6, 6, 1), workers=workers, pin_memory=False, warn=pytest.fail
+                dataset, BatchSampler(6, dataset.shapes, 6, 1), workers=workers, pin_memory=False, warn=pytest.fail
             ) as batches,
             pytest.raises(DatasetError, match="None of 6 images in a row could be read") as caught,
         ):
@@ -103,5 +105,36 @@ def test_a_batch_of_one_size_carries_no_padding(data: Path) -> None:
     assert collate([dataset[0], dataset[1]]).is_padding is None
     smaller = dataset[1]._replace(pixels=dataset[1].pixels[:, :32])
     batch = collate([dataset[0], smaller])
+    assert batch.own_pixels == 64 * 85 + 32 * 85
     assert batch.pixels.shape == (2, 3, 64, 96)  # in steps of 32
     assert batch.is_padding is not None and batch.is_padding.sum() == 64 * 11 + 64 * 96 - 32 * 85
+
+
+def test_a_cache_holds_every_picture_and_is_told_in_bytes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CACHE_BYTES", 0)
+    expected = [_set(data)[index].pixels for index in range(6)]
+    dataset = _set(data)
+    assert dataset.cache_all(None) == 6 * 80 * 60 * 3
+    for path in (data / "images").iterdir():
+        path.unlink()
+    assert all(torch.equal(dataset[index].pixels, pixels) for index, pixels in enumerate(expected))
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_anything_is_read(data: Path) -> None:
+    dataset = _set(data)
+    for path in (data / "images").iterdir():
+        path.write_bytes(b"not a picture")
+    size = 6 * 80 * 60 * 3
+    with pytest.raises(UsageError, match=r"^--cache: 6 decoded pictures take 0\.0 GB, more than 70% of the 0\.0 GB"):
+        dataset.cache_all(size)
+    assert dataset.cache_all(2 * size) == 0  # it fits, and none can be read
+
+
+def test_processes_that_read_share_the_cache(data: Path) -> None:
+    dataset = _set(data)
+    dataset.cache_all(None)
+    for path in (data / "images").iterdir():
+        path.unlink()
+    sampler = BatchSampler(6, dataset.shapes, 2, 1)
+    with open_batches(dataset, sampler, workers=1, pin_memory=False, warn=pytest.fail) as batches:
+        assert [batch.unreadable for batch in batches] == [(), (), ()]

@@ -52,7 +52,7 @@ def test_where_no_process_can_be_started_the_pictures_are_read_here(
     data = TrainingSet(
         annotations, dozen / "images", annotations.class_table(), augmentation="paper", image_size=48, seed=1
     )
-    sampler = BatchSampler([1.0] * 12, 3, seed=1)
+    sampler = BatchSampler(12, data.shapes, 3, seed=1)
     progress = watcher()
 
     def none_left(_: object) -> None:

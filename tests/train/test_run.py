@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -211,3 +212,23 @@ def test_frozen_parts_keep_their_weights_and_statistics(
     assert moved and not any(name.startswith(("backbone.", "input_proj.", "transformer.encoder.")) for name in moved)
     recipe = json.loads((second / "config.json").read_text())["recipe"]
     assert (recipe["freeze"], recipe["ema_decay"], recipe["warmup_steps"]) == ("encoder", 0.0, 0)
+
+
+def test_a_run_tells_the_padding_it_has_and_would_have_and_what_its_cache_takes(
+    small_options: Options, write_split: Callable[..., None], watcher: type[Any], tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    write_split(data, "train", 12, seed=1)
+    write_split(data, "val", 2, seed=2)
+    progress = watcher()
+    run_training(
+        small_options(
+            tmp_path / "run", data=data, epochs=1, batch_size=2, augmentation="paper", image_size=96, cache=True
+        ),
+        progress,
+    )
+    (told,) = (text for text in progress.notes if text.startswith("padding"))
+    before, after = (float(number) for number in re.findall(r"(\d\.\d\d)x", told))
+    assert 1.0 <= after < before
+    assert progress.rows[0]["padding"] == pytest.approx(after, abs=0.006)
+    assert "--cache: 12 decoded pictures take 0.0 GB of memory" in progress.notes

@@ -20,7 +20,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 # What can be measured, in the order it is shown.
 LATENCY, SIZES, OP, STAGES, FOLDER, RIVALS = "latency", "sizes", "op", "stages", "folder", "rivals"
-CARD, SCALING = "card", "scaling"
+CARD, SCALING, TRAIN = "card", "scaling", "train"
 
 # What these two measure unless told otherwise: the systems of the model card in its order, and Deformable DETR with
 # two whose attention looks from everywhere to everywhere.

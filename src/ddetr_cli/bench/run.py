@@ -17,13 +17,25 @@ from ddetr_cli.bench.folder import FolderRun, measure_folder
 from ddetr_cli.bench.latency import LATENCY_CONVENTION, measure_latency
 from ddetr_cli.bench.machine import describe_machine, describe_versions
 from ddetr_cli.bench.op import measure_op
-from ddetr_cli.bench.options import CARD, FOLDER, LATENCY, OP, RIVALS, SCALING, SIZES, STAGES, BenchOptions
+from ddetr_cli.bench.options import (
+    CARD,
+    FOLDER,
+    LATENCY,
+    OP,
+    RIVALS,
+    SCALING,
+    SIZES,
+    STAGES,
+    TRAIN,
+    BenchOptions,
+)
 from ddetr_cli.bench.rivals import measure_rivals
 from ddetr_cli.bench.scaling import measure_scaling
 from ddetr_cli.bench.sizes import measure_sizes
 from ddetr_cli.bench.stages import Finishing, measure_stages
 from ddetr_cli.bench.subjects import open_model
 from ddetr_cli.bench.tables import Listener, Section, Silence, Table
+from ddetr_cli.bench.training import TrainingSteps, measure_training
 from ddetr_cli.errors import DeviceError
 from ddetr_cli.inference.device import resolve_device
 from ddetr_cli.ops import KernelStatus, kernel_status
@@ -74,11 +86,12 @@ def run_bench(
     finishing: Finishing | None = None,
     run_folder: FolderRun | None = None,
     score: Scoring | None = None,
+    training: TrainingSteps | None = None,
 ) -> BenchReport:
     """Take the measurements of ``options`` on this machine.
 
     ``finishing``, how ``detect`` draws and writes, is needed for stages; ``run_folder``, how it runs, for a folder;
-    with ``score``, how ``eval`` scores, the card has measured APs.
+    with ``score``, how ``eval`` scores, the card has measured APs; ``training``, the step of ``train``, is needed for that.
     Raises CheckpointError for a model that cannot be found or read, DeviceError for a device that is absent or whose
     memory is too small, UsageError and DatasetError for options that do not fit the models or the data.
     """
@@ -108,6 +121,9 @@ def run_bench(
                 sections.append(measure_scaling(options, models, device, listener))
             elif measurement == RIVALS:
                 sections += measure_rivals(options, listener)
+            elif measurement == TRAIN:
+                assert training is not None
+                sections += measure_training(options, training, listener)
     except (torch.OutOfMemoryError, MemoryError) as error:
         height, width = options.size_hw
         raise DeviceError(

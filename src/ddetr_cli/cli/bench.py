@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 import typer
 
 from ddetr_cli.cli import console
-from ddetr_cli.cli.timed import DetectFinisher, DetectFolder, EvalScores
+from ddetr_cli.cli.timed import DetectFinisher, DetectFolder, EvalScores, TrainSteps
 from ddetr_cli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -90,6 +90,12 @@ def bench(
             help="Also draw --card or --scaling to this picture (.png, .svg; needs pip install 'ddetr-cli[plots]').",
         ),
     ] = None,
+    train: Annotated[
+        bool,
+        typer.Option(
+            "--train", help="Measure a training step, beside transformers' with the same loss if installed."
+        ),
+    ] = False,
     val2017: Annotated[
         Path | None,
         typer.Option(
@@ -137,9 +143,9 @@ def bench(
 ) -> None:
     """Measure models on this machine: parameters, FLOPs, latency and images per second.
 
-    With --sizes, --op, --stages, --folder or --rivals these are measured instead; several can be given. The tables
-    go to stdout. Candidates take turns in rounds, so that a slow minute of the machine hits all alike; a ratio is
-    the median of the rounds' ratios, with its quartiles, and what was too noisy to conclude from is said.
+    With --sizes, --op, --stages, --folder, --rivals or --train these are measured instead; several can be given. The
+    tables go to stdout. Candidates take turns in rounds, so that a slow minute of the machine hits all alike; a ratio
+    is the median of the rounds' ratios, with its quartiles, and what was too noisy to conclude from is said.
 
     Timed is a batch from normalised pixels to detections on the CPU, on random weights the same as on trained ones.
     One multiply-add counts as one FLOP.
@@ -153,7 +159,7 @@ def bench(
     from ddetr_cli.inference.device import check_device_name
 
     chosen = {what.SIZES: sizes, what.OP: op, what.STAGES: stages, what.FOLDER: folder is not None,
-              what.CARD: card, what.SCALING: scaling, what.RIVALS: rivals}  # fmt: skip
+              what.CARD: card, what.SCALING: scaling, what.RIVALS: rivals, what.TRAIN: train}  # fmt: skip
     if plot is not None:
         _check_plot(plot, [name for name in (what.CARD, what.SCALING) if chosen[name]])
     if models is None:
@@ -189,7 +195,14 @@ def bench(
 
     use_available_cores()
     with _Talk() as talk:
-        report = run_bench(options, listener=talk, finishing=DetectFinisher, run_folder=run_folder, score=score)
+        report = run_bench(
+            options,
+            listener=talk,
+            finishing=DetectFinisher,
+            run_folder=run_folder,
+            score=score,
+            training=TrainSteps(),
+        )
     console.write_result(_text(report), sole_output=json_file is None)
     if json_file is not None:
         from ddetr_cli.atomic import write_json

@@ -1,4 +1,5 @@
-"""What ``bench`` measures of the other commands, as they do it: how detect finishes pictures, how eval scores."""
+"""What ``bench`` measures of the other commands, as they do it: how detect finishes pictures, how eval
+scores, how train learns."""
 
 from __future__ import annotations
 
@@ -12,12 +13,15 @@ if TYPE_CHECKING:
 
     import torch
     from PIL.Image import Image
+    from torch import Tensor
 
     from ddetr_cli.bench.subjects import BenchModel
     from ddetr_cli.classes import ClassTable
     from ddetr_cli.detect.run import ImageResult, Sink
     from ddetr_cli.detect.sources import Input
     from ddetr_cli.inference.predictor import ImageDetections, Predictor
+    from ddetr_cli.model.detector import DetectionModel, DetectorOutput
+    from ddetr_cli.train.matcher import Target
 
 
 class DetectFinisher:
@@ -114,3 +118,38 @@ class EvalScores:
         results = predict_images(predictor, self._ground_truth, self._images, mapping, map_missing="drop")
         detections = [detection for result in results for detection in result.detections]
         return evaluate_detections(self._ground_truth, detections).overall
+
+
+class TrainSteps:
+    """``train``'s own step and loss, on objects made up."""
+
+    def step(self, model: DetectionModel, precision: str, pixels: Tensor, objects: int) -> Callable[[], float]:
+        import torch
+
+        from ddetr_cli.train.criterion import Criterion
+        from ddetr_cli.train.dataset import Batch
+        from ddetr_cli.train.loop import Trainer
+        from ddetr_cli.train.recipe import paper_recipe, parameter_groups
+
+        recipe = paper_recipe(batch_size=len(pixels), precision=precision)
+        groups = parameter_groups(model, recipe)
+        trainer = Trainer(model, Criterion(model.config.family), recipe, groups, torch.device("cpu"))
+        trainer.train_mode()
+        batch = Batch(pixels, None, _made_up(len(pixels), objects))
+        return lambda: trainer.step([batch]).loss
+
+    def loss(self, family: str, batch_size: int, objects: int) -> Callable[[DetectorOutput], Tensor]:
+        from ddetr_cli.train.criterion import Criterion
+
+        criterion, targets = Criterion(family), _made_up(batch_size, objects)
+        return lambda output: criterion(output, targets)[0]
+
+
+def _made_up(batch_size: int, objects: int) -> list[Target]:
+    import torch
+
+    from ddetr_cli.train.matcher import Target
+
+    numbers = torch.Generator().manual_seed(1)
+    boxes = torch.rand(batch_size, objects, 4, generator=numbers) * 0.3 + torch.tensor([0.35, 0.35, 0.02, 0.02])
+    return [Target(torch.arange(1, objects + 1), of_one) for of_one in boxes]

@@ -152,6 +152,14 @@ def train(
     precision: Annotated[
         Literal["fp32", "bf16"], RECIPE("--precision", help="bf16: autocast over fp32 weights.")
     ] = "fp32",
+    checkpoint_activations: Annotated[
+        bool,
+        RECIPE(
+            "--checkpoint-activations",
+            help="Keep only what enters each layer and compute the rest again: less memory, same gradients, about a "
+            "third more time.",
+        ),
+    ] = False,
     seed: Annotated[int, RECIPE("--seed", min=0, max=2**32 - 1, help="Start of every random choice.")] = 42,
     split: Annotated[
         str | None, DATA("--split", show_default="train2017 or train", help="Annotation file of DATA.")
@@ -171,6 +179,14 @@ def train(
     json_file: Annotated[
         Path | None, DATA("--json", metavar="FILE", help="With --check: also write the report here.")
     ] = None,
+    cache: Annotated[
+        bool,
+        DATA(
+            "--cache",
+            help="Keep all decoded pictures in memory; says what they take, and refuses where it is not there. Of a "
+            "small set the first GB is kept without it where no --workers read.",
+        ),
+    ] = False,
     skip_bad_annotations: Annotated[
         bool, DATA("--skip-bad-annotations", help="Leave out annotations that are refused otherwise.")
     ] = False,
@@ -189,7 +205,7 @@ def train(
             "--resume",
             metavar="RUN",
             help="Go on with this run from its newest checkpoint, with the options it was started with. --device, "
-            "--workers, --keep and --save-every may be others.",
+            "--workers, --cache, --checkpoint-activations, --keep and --save-every may be others.",
         ),
     ] = None,
     override: Annotated[
@@ -269,6 +285,8 @@ def train(
         seed=seed,
         device=device,
         workers=workers,
+        cache=cache,
+        checkpoint_activations=checkpoint_activations,
         skip_bad_annotations=skip_bad_annotations,
         skip_missing=skip_missing,
         max_bad=max_bad,

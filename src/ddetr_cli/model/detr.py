@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ddetr_cli.model.attention import CrossAttention, SelfAttention
 from ddetr_cli.model.backbone import BACKBONES, ResNet
 from ddetr_cli.model.detector import BoxHead, DetectionModel, DetectorOutput
+from ddetr_cli.model.dropout import Dropout
 from ddetr_cli.model.position import sine_position
 from ddetr_cli.presets import ModelConfig
 
@@ -28,7 +29,7 @@ class EncoderLayer(nn.Module):
         self.linear1 = nn.Linear(C, config.ffn_dim)
         self.linear2 = nn.Linear(config.ffn_dim, C)
         self.norm2 = nn.LayerNorm(C)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, position: Tensor, is_padding: Tensor | None) -> Tensor:
         """(B,S,C) -> (B,S,C)."""
@@ -50,7 +51,7 @@ class DecoderLayer(nn.Module):
         self.linear1 = nn.Linear(C, config.ffn_dim)
         self.linear2 = nn.Linear(config.ffn_dim, C)
         self.norm3 = nn.LayerNorm(C)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, position: Tensor, key: Tensor, memory: Tensor, is_padding: Tensor | None) -> Tensor:
         """(B,Q,C) -> (B,Q,C); key (B,S,C) is the memory (B,S,C) with its positions."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddetr_cli.model.attention import DeformableAttention, SelfAttention
+from ddetr_cli.model.dropout import Dropout
 from ddetr_cli.model.position import encode_coordinate
 from ddetr_cli.presets import ModelConfig
 
@@ -75,7 +76,7 @@ class EncoderLayer(nn.Module):
         self.linear1 = nn.Linear(C, config.ffn_dim)
         self.linear2 = nn.Linear(config.ffn_dim, C)
         self.norm2 = nn.LayerNorm(C)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, position: Tensor, reference: Tensor, level_hw: Sequence[int], is_padding: Tensor | None
@@ -99,7 +100,7 @@ class DecoderLayer(nn.Module):
         self.linear1 = nn.Linear(C, config.ffn_dim)
         self.linear2 = nn.Linear(config.ffn_dim, C)
         self.norm3 = nn.LayerNorm(C)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,

@@ -50,6 +50,15 @@ def augment(sample: Sample, name: AugmentName, image_size: int, rng: np.random.G
     return _colours(_jitter(sample, frame_hw, rng), rng)
 
 
+def augmented_size(
+    width: int, height: int, name: AugmentName, image_size: int, rng: np.random.Generator
+) -> tuple[int, int]:
+    """(height, width) that ``augment`` would give a picture of this size, without the picture."""
+    if name == "paper":
+        return _plan_paper(width, height, image_size, rng).final_hw
+    return network_size(width, height, image_size)
+
+
 def resize(sample: Sample, size_hw: tuple[int, int]) -> Sample:
     """The sample at (height, width), bilinear with antialiasing."""
     h, w = size_hw
@@ -71,22 +80,42 @@ def crop(sample: Sample, left: int, top: int, width: int, height: int, *, min_vi
     return Sample(image, clipped[keep], sample.labels[keep])
 
 
-def _paper(sample: Sample, image_size: int, rng: np.random.Generator) -> Sample:
+@dataclass(frozen=True)
+class _PaperPlan:
+    """What the authors' augmentation does to a picture of a known size: every random choice, and where they end."""
+
+    is_flipped: bool
+    before_crop_hw: tuple[int, int] | None  # None: no crop
+    window: tuple[int, int, int, int]  # left, top, width, height
+    final_hw: tuple[int, int]
+
+
+def _plan_paper(width: int, height: int, image_size: int, rng: np.random.Generator) -> _PaperPlan:
     """The authors' pipeline (datasets/coco.py, make_coco_transforms), lengths scaled by image_size/800."""
     scale = image_size / 800
-    sample = _flip(sample) if rng.random() < 0.5 else sample
+    is_flipped = rng.random() < 0.5
+    before_crop_hw, window = None, (0, 0, width, height)
     if rng.random() < 0.5:
         short = round(int(rng.choice(PAPER_CROP_SIZES)) * scale)
         # No cap here: a very wide picture may grow past it for a moment, as in the authors' code.
-        sample = resize(sample, network_size(*sample.image.size, short, cap=1 << 30))
+        before_crop_hw = height, width = network_size(width, height, short, cap=1 << 30)
         low, high = (round(side * scale) for side in PAPER_CROP)
-        w = int(rng.integers(min(low, sample.image.width), min(sample.image.width, high) + 1))
-        h = int(rng.integers(min(low, sample.image.height), min(sample.image.height, high) + 1))
-        left = int(rng.integers(sample.image.width - w + 1))
-        top = int(rng.integers(sample.image.height - h + 1))
-        sample = crop(sample, left, top, w, h)
+        w = int(rng.integers(min(low, width), min(width, high) + 1))
+        h = int(rng.integers(min(low, height), min(height, high) + 1))
+        window = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+        width, height = w, h
     short = round(int(rng.choice(PAPER_SIZES)) * scale)
-    return resize(sample, network_size(*sample.image.size, short, cap=int(image_size * 1333 / 800)))
+    return _PaperPlan(
+        is_flipped, before_crop_hw, window, network_size(width, height, short, cap=int(image_size * 1333 / 800))
+    )
+
+
+def _paper(sample: Sample, image_size: int, rng: np.random.Generator) -> Sample:
+    plan = _plan_paper(*sample.image.size, image_size, rng)
+    sample = _flip(sample) if plan.is_flipped else sample
+    if plan.before_crop_hw is not None:
+        sample = crop(resize(sample, plan.before_crop_hw), *plan.window)
+    return resize(sample, plan.final_hw)
 
 
 def _flip(sample: Sample) -> Sample:

@@ -102,7 +102,6 @@ class Criterion:
             num_boxes = max(sum(len(t.labels) for t in targets), 1)
         layers = [(output.logits, output.boxes_cxcywh), *output.aux]
         names = ["", *(f"_{i}" for i in range(len(output.aux)))]
-        matches = match(layers, targets, self.objective.cost)
         wanted = [list(targets)] * len(layers)
         if output.proposals is not None:
             # The first stage only learns object or not: every label becomes class 0.
@@ -110,13 +109,13 @@ class Criterion:
             binary = [Target(torch.zeros_like(t.labels).repeat(K), t.boxes_cxcywh.repeat(K, 1)) for t in targets]
             layers.append(output.proposals)
             names.append("_enc")
-            matches += match([output.proposals], binary, self.objective.cost)
             wanted.append(binary)
+        matches = _to_device(match(layers, wanted, self.objective.cost), wanted, output.logits.device)
         terms: dict[str, Tensor] = {}
         total = layers[0][0].new_zeros((), dtype=torch.promote_types(output.boxes_cxcywh.dtype, torch.float32))
         for (logits, boxes), name, matched, objects in zip(layers, names, matches, wanted, strict=True):
             copies = self.proposal_matches if name == "_enc" else 1
-            ce, l1, giou = self._layer(logits, boxes, objects, matched, num_boxes * copies)
+            ce, l1, giou = self._layer(logits, boxes, objects, *matched, num_boxes * copies)
             if self.objective.is_class_mean:
                 ce = ce * share
             for key, value, weight in (
@@ -133,19 +132,38 @@ class Criterion:
         logits: Tensor,
         boxes_cxcywh: Tensor,
         targets: Sequence[Target],
-        matched: Sequence[tuple[Tensor, Tensor]],
+        image: Tensor,
+        query: Tensor,
+        matched: Tensor,
         num_boxes: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Class, L1 and GIoU loss of one layer."""
-        device = logits.device
-        image = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(matched)]).to(device, non_blocking=True)
-        query = torch.cat([q for q, _ in matched]).to(device, non_blocking=True)
-        order = [o.to(device, non_blocking=True) for _, o in matched]
-        labels = torch.cat([t.labels[o] for t, o in zip(targets, order, strict=True)])
-        wanted = torch.cat([t.boxes_cxcywh[o] for t, o in zip(targets, order, strict=True)]).to(boxes_cxcywh.dtype)
+        """Class, L1 and GIoU loss of one layer; image, query, and object among those of all targets, each (N,)."""
+        labels = torch.cat([t.labels for t in targets])[matched]
+        wanted = torch.cat([t.boxes_cxcywh for t in targets])[matched].to(boxes_cxcywh.dtype)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         ce = self.objective.class_loss(wide, (image, query), labels, num_boxes)
         chosen = boxes_cxcywh[image, query]
         l1 = (chosen - wanted).abs().sum() / num_boxes
         giou = (1 - paired_giou(cxcywh_to_xyxy(chosen), cxcywh_to_xyxy(wanted))).sum() / num_boxes
         return ce, l1, giou
+
+
+def _to_device(
+    matches: Sequence[Sequence[tuple[Tensor, Tensor]]], targets: Sequence[Sequence[Target]], device: torch.device
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each layer image, query, and object among those of all its images, each (N,): in one copy to ``device``."""
+    rows = []
+    for matched, objects in zip(matches, targets, strict=True):
+        first = 0
+        images, queries, found = [], [], []
+        for b, ((q, o), target) in enumerate(zip(matched, objects, strict=True)):
+            images.append(torch.full_like(q, b))
+            queries.append(q)
+            found.append(o + first)
+            first += len(target.labels)
+        rows.append(torch.stack((torch.cat(images), torch.cat(queries), torch.cat(found))))
+    lengths = [row.shape[1] for row in rows]
+    moved = torch.cat(rows, dim=1)
+    if device.type == "cuda":
+        moved = moved.pin_memory()
+    return [(layer[0], layer[1], layer[2]) for layer in moved.to(device, non_blocking=True).split(lengths, dim=1)]

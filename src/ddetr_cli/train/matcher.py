@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class Target:
 
     def to(self, device: torch.device) -> Target:
         """The same on another device."""
-        return Target(self.labels.to(device), self.boxes_cxcywh.to(device))
+        return Target(self.labels.to(device, non_blocking=True), self.boxes_cxcywh.to(device, non_blocking=True))
 
 
 def focal_cost(logits: Tensor, labels: Tensor) -> Tensor:
@@ -56,27 +57,28 @@ class MatchCost:
 
 @torch.no_grad()
 def match(
-    layers: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Target], cost: MatchCost
+    layers: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Sequence[Target]], cost: MatchCost
 ) -> list[list[tuple[Tensor, Tensor]]]:
     """For each layer and image the matched (query indices, object indices), each (min(Q,T),), on the CPU.
 
-    ``layers`` holds (logits (B,Q,K), boxes_cxcywh (B,Q,4)) pairs; Q may differ between them. All cost matrices cross
-    to the host in one copy. A cost that is not finite counts as the worst, so that a diverging step still matches.
+    ``layers`` holds (logits (B,Q,K), boxes_cxcywh (B,Q,4)) pairs, and ``targets`` what each of them is to find; Q and
+    T may differ between layers. All cost matrices cross to the host in one copy. A cost that is not finite counts as
+    the worst, so that a diverging step still matches.
     """
     costs = [
         _cost_matrix(logits[b], boxes[b], target, cost)
-        for logits, boxes in layers
-        for b, target in enumerate(targets)
+        for (logits, boxes), wanted in zip(layers, targets, strict=True)
+        for b, target in enumerate(wanted)
     ]
     host = torch.cat([c.flatten() for c in costs]).cpu().numpy() if costs else np.empty(0)
-    pairs, start = [], 0
+    found, start = [], 0
     for matrix in costs:
         block = host[start : start + matrix.numel()].reshape(matrix.shape)
         start += matrix.numel()
         queries, objects = linear_sum_assignment(np.nan_to_num(block, nan=1e9, posinf=1e9, neginf=1e9))
-        pairs.append((torch.from_numpy(queries), torch.from_numpy(objects)))
-    B = len(targets)
-    return [pairs[i * B : (i + 1) * B] for i in range(len(layers))]
+        found.append((torch.from_numpy(queries), torch.from_numpy(objects)))
+    pairs = iter(found)
+    return [list(islice(pairs, len(wanted))) for wanted in targets]
 
 
 def _cost_matrix(logits: Tensor, boxes_cxcywh: Tensor, target: Target, cost: MatchCost) -> Tensor:

@@ -21,6 +21,7 @@ from ddetr_cli.train.distributed import Ranks, device_name, open_ranks
 from ddetr_cli.train.epochs import Epochs, NeverStop, StopRequest, TrainResult
 from ddetr_cli.train.fingerprint import differences, fingerprint
 from ddetr_cli.train.loop import Progress, Trainer
+from ddetr_cli.train.memory import checkpoint_activations
 from ddetr_cli.train.options import CONFIG, TrainOptions, not_a_run, read_config
 from ddetr_cli.train.recipe import Recipe, freeze_parameters, parameter_groups
 from ddetr_cli.train.run_state import clear_run, open_run
@@ -83,6 +84,8 @@ def _prepare(
         progress.warn(sentence)
     recipe = resumed_recipe(options) if options.resume else starting_recipe(options, model.config, ranks.count)
     freeze_parameters(model, recipe.freeze)
+    if options.checkpoint_activations:
+        checkpoint_activations(model)
     criterion = Criterion(model.config.family, proposal_matches=recipe.proposal_matches)
     trainer = Trainer(model, criterion, recipe, parameter_groups(model, recipe), device, ranks)
     epochs = Epochs(options, trainer, model, classes, train, val, mapping, progress, stop)

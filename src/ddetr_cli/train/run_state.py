@@ -36,6 +36,8 @@ class EpochSums:
     images: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0  # of these: for pictures to arrive
+    own_pixels: int = 0  # of the main process' pictures ...
+    pixels: int = 0  # ... and with padding
 
     def row(self) -> dict[str, Any]:
         """Their part of the line in metrics.jsonl."""
@@ -44,6 +46,7 @@ class EpochSums:
             "seconds": round(self.seconds, 3),
             "wait_seconds": round(self.wait_seconds, 3),
             "images_per_second": round(self.images / max(self.seconds, 1e-9), 3),
+            "padding": round(self.pixels / max(self.own_pixels, 1), 4),
             **{name: value / max(self.counted, 1) for name, value in self.losses.items()},
         }
 
