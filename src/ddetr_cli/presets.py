@@ -1,7 +1,8 @@
 """Every system as one line: frozen dataclasses, stored inside every checkpoint.
 
 Sources: the five r50 variants, the authors' configs and arXiv:2010.04159; detr-r50 and detr-r50-dc5, DETR's own
-defaults (arXiv:2005.12872); fasterrcnn-r50-fpn, torchvision's. ``tiny`` is ours: CPUs, demos, tests.
+defaults (arXiv:2005.12872); fasterrcnn-r50-fpn, torchvision's. ``tiny`` and its relatives are ours: CPUs, demos,
+tests, comparisons.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ class ModelConfig:
         return cls(**values)
 
 
+_TINY: dict[str, Any] = {
+    "backbone": "resnet-tiny", "hidden_dim": 128, "encoder_layers": 3, "decoder_layers": 3, "ffn_dim": 512,
+    "dropout": 0.0, "queries": 100, "image_size": 320,
+}  # fmt: skip
+
 PRESETS: dict[str, ModelConfig] = {
     config.preset: config
     for config in (
@@ -77,19 +83,10 @@ PRESETS: dict[str, ModelConfig] = {
         ModelConfig("detr-r50", family=DETR, levels=1, ffn_dim=2048, queries=100),
         ModelConfig("detr-r50-dc5", family=DETR, levels=1, ffn_dim=2048, queries=100, dilation=True),
         ModelConfig("fasterrcnn-r50-fpn", family=FASTER_RCNN, queries=100),
-        ModelConfig(
-            "tiny",
-            backbone="resnet-tiny",
-            hidden_dim=128,
-            encoder_layers=3,
-            decoder_layers=3,
-            ffn_dim=512,
-            dropout=0.0,
-            queries=100,
-            refine_boxes=True,
-            two_stage=True,
-            image_size=320,
-        ),
+        ModelConfig("tiny", **_TINY, refine_boxes=True, two_stage=True),
+        # The same trunk under the plain method, and under DETR with as many parameters: for comparisons on a CPU.
+        ModelConfig("tiny-plain", **_TINY),
+        ModelConfig("detr-tiny", family=DETR, **{**_TINY, "levels": 1, "ffn_dim": 832}),
     )
 }
 

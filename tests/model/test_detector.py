@@ -53,6 +53,13 @@ def test_tiny_stays_under_seven_million_parameters():
     assert sum(p.numel() for p in _meta(PRESETS["tiny"]).parameters()) < 7_000_000
 
 
+def test_the_small_systems_to_compare_are_of_equal_size():
+    ours, detr = (sum(p.numel() for p in _meta(PRESETS[name]).parameters()) for name in ("tiny-plain", "detr-tiny"))
+    assert abs(ours - detr) < 0.01 * ours
+    trunks = [PRESETS[name].backbone for name in ("tiny", "tiny-plain", "detr-tiny")]
+    assert trunks == ["resnet-tiny"] * 3
+
+
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_preset_builds_a_detector_that_knows_its_configuration(preset: str):
     model = _meta(PRESETS[preset])

@@ -91,7 +91,8 @@ def run_bench(
     """Take the measurements of ``options`` on this machine.
 
     ``finishing``, how ``detect`` draws and writes, is needed for stages; ``run_folder``, how it runs, for a folder;
-    with ``score``, how ``eval`` scores, the card has measured APs; ``training``, the step of ``train``, is needed for that.
+    with ``score``, how ``eval`` scores, the card has measured APs; ``training``, the step of ``train``, is needed for
+    that.
     Raises CheckpointError for a model that cannot be found or read, DeviceError for a device that is absent or whose
     memory is too small, UsageError and DatasetError for options that do not fit the models or the data.
     """
