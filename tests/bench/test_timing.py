@@ -96,5 +96,5 @@ def test_quiet_measurements_get_no_such_note() -> None:
 
 def test_json_holds_every_sample() -> None:
     assert Samples((3.0, 1.0)).to_json() == {
-        "median": 2.0, "q1": 1.5, "q3": 2.5, "p90": 2.8, "min": 1.0, "samples": [3.0, 1.0],
+        "median": 2.0, "q1": 1.5, "q3": 2.5, "p90": 2.8, "p99": 2.98, "min": 1.0, "samples": [3.0, 1.0],
     }  # fmt: skip
