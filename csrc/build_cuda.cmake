@@ -1,4 +1,4 @@
-# Builds libddetr_cuda with one call of nvcc, and writes kernels.json, which says what was built and why not the rest.
+# Builds libddetr_cuda with one call of nvcc, as many files at a time as there are cores, and writes kernels.json, which says what was built and why not the rest.
 # Run as a script by CMakeLists.txt, which sets: CUDA, ARCHITECTURES (with commas), SOURCE, LIBRARY, RECORD,
 # HOST_COMPILER, COMPILER, ISAS (with commas).
 cmake_minimum_required(VERSION 3.20)
@@ -77,10 +77,11 @@ list(APPEND flags -gencode arch=compute_${number},code=compute_${number})
 list(APPEND built "PTX compute_${number}")
 list(JOIN built " " built)
 
+file(GLOB sources ${SOURCE}/*.cu)
 execute_process(
   COMMAND
     ${NVCC} -std=c++17 -O3 -shared -cudart static -ccbin ${HOST_COMPILER} -Xcompiler -fPIC,-fvisibility=hidden
-    --threads 0 ${flags} -I${SOURCE}/include ${SOURCE}/msda_cuda.cu ${SOURCE}/status.cpp -o ${LIBRARY}
+    --threads 0 ${flags} -I${SOURCE}/include ${sources} ${SOURCE}/status.cpp -o ${LIBRARY}
   RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output
 )
 if(NOT status EQUAL 0 OR NOT EXISTS ${LIBRARY})

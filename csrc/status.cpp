@@ -24,6 +24,8 @@ const char* ddetr_error_string(int32_t code) {
             return "the caller's thread pool reported a failure";
         case DDETR_ERROR_TOO_MANY_LEVELS:
             return "more levels than the CUDA kernels take";
+        case DDETR_ERROR_TOO_LARGE:
+            return "more samples in an image than can be sorted";
         default:
             return code > 0 ? "a CUDA error" : "an unknown error code";
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,14 +61,38 @@ def require_cuda(request: pytest.FixtureRequest) -> None:
     """Skip, or fail where it is required, without a CUDA device and the CUDA kernels."""
     import torch
 
-    from ddetr_cli.ops import native
+    from ddetr_cli.ops import native_cuda
 
-    if torch.cuda.is_available() and native.cuda_kernels() is not None:
+    if torch.cuda.is_available() and native_cuda.cuda_kernels() is not None:
         return
     reason = "no CUDA kernels are installed" if torch.cuda.is_available() else "no CUDA device"
     if request.config.getoption("--require-cuda"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda_library(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A libddetr_cuda.so whose kernels run on the CPU, thread by thread (tests/native/emulated_cuda)."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("emulated_cuda")
+    headers, source = repository / "tests/native/emulated_cuda", repository / "csrc"
+    flags = ["-std=gnu++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden"]
+    command = [compiler, *flags, f"-I{headers}", f"-I{source / 'include'}"]
+    files = [*sorted(source.glob("*.cu")), source / "status.cpp", headers / "controls.cpp"]
+    objects = [folder / f"{file.stem}.o" for file in files]
+    jobs = [
+        subprocess.Popen([*command, "-x", "c++", "-c", str(file), "-o", str(to)], stderr=subprocess.PIPE, text=True)
+        for file, to in zip(files, objects, strict=True)
+    ]
+    for job in jobs:
+        _, errors = job.communicate()
+        assert job.returncode == 0, errors
+    library = folder / "libddetr_cuda.so"
+    subprocess.run([compiler, "-shared", "-o", str(library), *map(str, objects)], check=True)
+    return library
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ddetr_cli import versions
 from ddetr_cli.versions import find_built_file, kernels_line, version_text
 
 
@@ -33,7 +34,18 @@ def test_with_both_libraries_the_architectures_are_named(built: Path) -> None:
     (built / "libddetr_cpu.so").touch()
     (built / "libddetr_cuda.so").touch()
     write_record(built, "sm_90 PTX compute_90", "")
-    assert kernels_line() == "kernels: cpu native, cuda sm_90 PTX compute_90"
+    assert kernels_line() == "kernels: cpu native, cuda sm_90 PTX compute_90 (plain kernels, not yet proved on a GPU)"
+
+
+def test_the_cuda_kernels_that_are_asked_for_are_named_with_the_gpus_they_were_proved_on(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("libddetr_cpu.so", "libddetr_cuda.so"):
+        (built / name).touch()
+    write_record(built, "sm_90", "")
+    monkeypatch.setenv("DDETR_CUDA_KERNELS", "fast")
+    monkeypatch.setitem(versions.CUDA_PROVED_ON, "fast", ("NVIDIA H200", "NVIDIA T4"))
+    assert kernels_line().endswith("cuda sm_90 (fast kernels, proved on NVIDIA H200, NVIDIA T4)")
 
 
 def test_without_the_cuda_library_the_recorded_reason_is_given(built: Path) -> None:

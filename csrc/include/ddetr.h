@@ -37,7 +37,7 @@ extern "C" {
 #define DDETR_API __attribute__((visibility("default")))
 
 /* Raised by every change of this file that a caller could notice. */
-#define DDETR_ABI_VERSION 2
+#define DDETR_ABI_VERSION 3
 
 #define DDETR_OK 0
 #define DDETR_ERROR_DIMS (-1)    /* a negative size, a size beyond 64-bit indices, or a null pointer */
@@ -49,8 +49,8 @@ extern "C" {
     (-6)                                 /* the caller's parallel_for reported a failure; outputs are incomplete \
                                           */
 #define DDETR_ERROR_TOO_MANY_LEVELS (-7) /* CUDA: more than DDETR_CUDA_MAX_LEVELS */
+#define DDETR_ERROR_TOO_LARGE (-8)       /* CUDA: more samples than can be sorted */
 
-#define DDETR_CUDA_MAX_LEVELS 64
 #define DDETR_FUSED_MAX_SAMPLES 512 /* most levels * points that ddetr_msda_fused_cpu takes */
 #define DDETR_MAX_BANDS 1024
 
@@ -141,27 +141,6 @@ DDETR_API int32_t ddetr_msda_backward_cpu(const ddetr_msda_dims* dims, int32_t d
                                           void* grad_sampling_xy, void* grad_weights, void* scratch,
                                           int64_t scratch_bytes, int64_t bands, int32_t isa,
                                           ddetr_parallel_for parallel_for);
-
-/* ---- libddetr_cuda: buffers on `device`, work queued on `stream` (a
- * cudaStream_t); level_hw stays on the host ----
- */
-
-/* A sentence for a positive cudaError_t; never null. */
-DDETR_API const char* ddetr_cuda_error_string(int32_t code);
-
-/* Writes all of output. */
-DDETR_API int32_t ddetr_msda_forward_cuda(const ddetr_msda_dims* dims, int32_t dtype, const int64_t* level_hw,
-                                          const void* value, const void* sampling_xy, const void* weights,
-                                          void* output, int32_t device, void* stream);
-
-/* Adds to grad_value, in the compute type (16-bit sums would lose small terms),
- * which the caller has set to zero and rounds, and writes all of the other two.
- * The additions are atomic and come in any order: grad_value repeats only up to
- * rounding. */
-DDETR_API int32_t ddetr_msda_backward_cuda(const ddetr_msda_dims* dims, int32_t dtype, const int64_t* level_hw,
-                                           const void* grad_output, const void* value, const void* sampling_xy,
-                                           const void* weights, void* grad_value, void* grad_sampling_xy,
-                                           void* grad_weights, int32_t device, void* stream);
 
 #ifdef __cplusplus
 }

@@ -16,6 +16,11 @@ import ddetr_cli
 _DEPENDENCIES = ("torch", "torchvision", "numpy", "pillow", "pycocotools", "safetensors", "huggingface_hub")
 _RECORD = "kernels.json"
 
+# The CUDA kernels that run where DDETR_CUDA_KERNELS does not say otherwise, and the GPUs on which each kind passed
+# ``pytest tests/ops --require-cuda``. Fast ones become the default once they have.
+CUDA_KERNELS = "plain"
+CUDA_PROVED_ON: dict[str, tuple[str, ...]] = {"plain": (), "fast": ()}
+
 
 def version_text() -> str:
     """Lines for ``ddetr --version``: ours, what we run on, and ``kernels_line``."""
@@ -24,7 +29,7 @@ def version_text() -> str:
 
 
 def kernels_line() -> str:
-    """``kernels: cpu native|reference, cuda ARCHITECTURES|none (reason)``, from the record of the build."""
+    """``kernels: cpu native|reference, cuda ARCHITECTURES (which)|none (reason)``, from the record of the build."""
     if find_built_file("libddetr_cpu.so") is None:
         return "kernels: cpu reference, cuda none (no compiler worked when ddetr was installed)"
     record_path = find_built_file(_RECORD)
@@ -37,7 +42,14 @@ def kernels_line() -> str:
         return f"kernels: cpu native, cuda none (unreadable record {record_path}: {error})"
     if find_built_file("libddetr_cuda.so") is None:
         return f"kernels: cpu native, cuda none ({reason or 'library missing'})"
-    return f"kernels: cpu native, cuda {architectures}"
+    wanted = os.environ.get("DDETR_CUDA_KERNELS") or CUDA_KERNELS
+    return f"kernels: cpu native, cuda {architectures} ({cuda_kernels_text(wanted)})"
+
+
+def cuda_kernels_text(kernels: str) -> str:
+    """``fast kernels, proved on NVIDIA H200``: a kind of CUDA kernels, and where its tests have passed."""
+    proved = ", ".join(CUDA_PROVED_ON.get(kernels, ()))
+    return f"{kernels} kernels, " + (f"proved on {proved}" if proved else "not yet proved on a GPU")
 
 
 def find_built_file(name: str) -> Path | None:

@@ -5,37 +5,68 @@ B batch, Q queries, S positions over all levels, M heads, L levels, P points, D 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from ddetr_cli.ops import kernels, native, reference
+from ddetr_cli.ops import kernels, native, native_cuda, reference
 
-IMPLEMENTATIONS = ("reference", "native-portable", "native-avx2", "native-avx512", "native-cuda")
+# The emulated ones are the CUDA kernels themselves, on the CPU. "fast" is one of the two after it in ``KERNELS``.
+CUDA_KINDS = [name for name in native_cuda.KERNELS if name != "fast"]
+IMPLEMENTATIONS = (
+    "reference",
+    "native-portable",
+    "native-avx2",
+    "native-avx512",
+    *(f"cuda-{name}" for name in CUDA_KINDS),
+    *(pytest.param(f"emulated-{name}", marks=pytest.mark.slow) for name in CUDA_KINDS),
+)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device on which the op is computed by the implementation that the parameter names."""
     name = request.param
-    if name == "native-cuda":
+    kind, _, part = name.partition("-")
+    if kind == "cuda":
         request.getfixturevalue("require_cuda")
-        return torch.device("cuda", 0)
+        gpu, cuda = torch.device("cuda", 0), native_cuda.cuda_kernels()
+        assert cuda is not None
+        monkeypatch.setitem(kernels._BY_DEVICE, gpu, replace(cuda, kernels=part))
+        return gpu
     cpu = torch.device("cpu")
+    if kind == "emulated":
+        emulated = request.getfixturevalue("emulated")
+        monkeypatch.setitem(kernels._BY_DEVICE, cpu, replace(emulated, kernels=part))
+        return cpu
     if name == "reference":
         monkeypatch.setitem(kernels._BY_DEVICE, cpu, kernels.ReferenceKernels())
         return cpu
     request.getfixturevalue("require_native")
-    isa = name.removeprefix("native-")
     installed = native.cpu_kernels()
     assert installed is not None
-    if installed.library.ddetr_cpu_isa(native._ISAS[isa]) < 0:
-        pytest.skip(f"this processor or this build has no {isa}")
-    monkeypatch.setitem(kernels._BY_DEVICE, cpu, replace(installed, isa=isa))
+    if installed.library.ddetr_cpu_isa(native._ISAS[part]) < 0:
+        pytest.skip(f"this processor or this build has no {part}")
+    monkeypatch.setitem(kernels._BY_DEVICE, cpu, replace(installed, isa=part))
     return cpu
+
+
+@pytest.fixture
+def emulated(emulated_cuda_library: Path, monkeypatch: pytest.MonkeyPatch) -> native_cuda.CudaKernels:
+    """The CUDA kernels on the CPU, for tensors there."""
+    monkeypatch.setattr(native_cuda, "device_and_stream", lambda tensor: (0, 0))
+    library = native.load(emulated_cuda_library, native_cuda.PROTOTYPES)
+    for name in ("emulated_order", "emulated_processors"):
+        getattr(library, name).argtypes = [ctypes.c_int]
+    library.emulated_launches.restype = ctypes.c_uint64
+    library.emulated_order(0)
+    library.emulated_processors(132)
+    return native_cuda.CudaKernels(emulated_cuda_library, library)
 
 
 @dataclass(frozen=True)
@@ -95,6 +126,7 @@ CASES = {
     "1025 channels": Case(channels=1025, batch=1, queries=2, heads=1, points=1),
     "2048 channels": Case(channels=2048, batch=1, queries=1, heads=1, points=1),
     "3096 channels": Case(channels=3096, batch=1, queries=1, heads=1, points=1),
+    "as many queries as positions": Case(level_hw=((20, 27), (10, 13)), batch=1, queries=670, heads=1, channels=16),
     "batch 65": Case(batch=65, queries=2, channels=3),
     "all points outside": Case(low=1.6, high=3.0),
     "no queries": Case(queries=0),
@@ -121,7 +153,7 @@ def fresh_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels are chosen and libraries loaded anew within the test, and again after it."""
     monkeypatch.setattr(kernels, "_BY_DEVICE", {})
     native._load_cpu.cache_clear()
-    native._load_cuda.cache_clear()
+    native_cuda._load.cache_clear()
     yield
     native._load_cpu.cache_clear()
-    native._load_cuda.cache_clear()
+    native_cuda._load.cache_clear()

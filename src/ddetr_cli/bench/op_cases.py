@@ -20,7 +20,7 @@ from ddetr_cli.bench.subjects import OFFSET_PIXELS
 from ddetr_cli.errors import KernelError
 from ddetr_cli.model.attention import DeformableAttention
 from ddetr_cli.model.transformer import encoder_reference
-from ddetr_cli.ops import msda, native, reference
+from ddetr_cli.ops import msda, native, native_cuda, reference
 from ddetr_cli.presets import get_preset
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,7 +122,7 @@ def baseline() -> Backend:
 def backends(device: torch.device) -> list[Backend]:
     """Ours: what the op runs on ``device`` and each instruction set that can be forced; else the reference."""
     if device.type == "cuda":
-        kernels: native.CpuKernels | native.CudaKernels | None = native.cuda_kernels()
+        kernels: native.CpuKernels | native_cuda.CudaKernels | None = native_cuda.cuda_kernels()
     else:
         kernels = native.cpu_kernels()
     found = []

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ddetr_cli.errors import KernelError
-from ddetr_cli.ops import native, reference, selftest
+from ddetr_cli.ops import native, native_cuda, reference, selftest
+from ddetr_cli.versions import cuda_kernels_text
 
 
 class Kernels(Protocol):
@@ -83,12 +84,12 @@ def kernel_status() -> KernelStatus:
 
 def _choose(device: torch.device) -> Kernels | KernelError:
     try:
-        kernels = native.cpu_kernels() if device.type == "cpu" else native.cuda_kernels()
+        kernels = native.cpu_kernels() if device.type == "cpu" else native_cuda.cuda_kernels()
         if kernels is not None:
             # Nothing of the caller's state may leak into the test: autocast would change its dtypes.
             with torch.inference_mode(), torch.autocast(device.type, enabled=False):
                 selftest.check_kernels(kernels, device)
-            return kernels
+                return _wanted(kernels, device) if isinstance(kernels, native_cuda.CudaKernels) else kernels
     except KernelError as error:
         return error
     if is_native_required():
@@ -102,6 +103,19 @@ def _choose(device: torch.device) -> Kernels | KernelError:
         stacklevel=2,
     )
     return ReferenceKernels()
+
+
+def _wanted(installed: native_cuda.CudaKernels, device: torch.device) -> native_cuda.CudaKernels:
+    """The CUDA kernels that are asked for, if they are right; else, with a warning, the plain ones, which are."""
+    wanted = native_cuda.wanted_kernels(installed)
+    if wanted.kernels == installed.kernels:
+        return installed
+    try:
+        selftest.check_fast_kernels(wanted, device)
+    except KernelError as error:
+        warnings.warn(f"ddetr: the plain CUDA kernels run instead of the fast ones: {error}", RuntimeWarning, 2)
+        return installed
+    return wanted
 
 
 def is_native_required() -> bool:
@@ -128,6 +142,6 @@ def _status(device: torch.device) -> str:
     if isinstance(kernels, native.CpuKernels):
         threads = f"{torch.get_num_threads()} threads" if kernels.parallel_for else "1 thread, no torch_parallel_for"
         return f"native ({kernels.isa}, {threads}, self-test passed)"
-    if isinstance(kernels, native.CudaKernels):
-        return "native (self-test passed)"
+    if isinstance(kernels, native_cuda.CudaKernels):
+        return f"native ({cuda_kernels_text(kernels.kernels)}, self-test passed)"
     return "reference (no native library installed)"

@@ -1,7 +1,8 @@
-"""The native kernels: finding, checking and calling them. THE ONLY FILE WITH POINTERS.
+"""The native kernels of the CPU, and what those of CUDA share: finding, checking and calling libraries.
 
 ``csrc/include/ddetr.h`` is the boundary; ``PROTOTYPES`` repeats it, and a test compares the two. Callers have
-checked shapes, dtypes and devices (``msda`` does); every buffer is allocated here, by torch.
+checked shapes, dtypes and devices (``msda`` does); every buffer is allocated here, by torch. Pointers are seen in the
+``native*`` files alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ddetr_cli.errors import KernelError
 from ddetr_cli.ops import reference
 from ddetr_cli.versions import find_built_file
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 FUSED_MAX_SAMPLES = 512
 MAX_BANDS = 1024
 
@@ -39,35 +40,30 @@ class Dims(ctypes.Structure):
     _fields_ = [(name, _I64) for name in ("batch", "positions", "heads", "channels", "queries", "levels", "points")]
 
 
-_PROBLEM: list[Any] = [ctypes.POINTER(Dims), _I32, ctypes.POINTER(_I64)]
+PROBLEM: list[Any] = [ctypes.POINTER(Dims), _I32, ctypes.POINTER(_I64)]
 
 _STRIDES = ctypes.POINTER(_I64)
 _SCRATCH: list[Any] = [_POINTER, _I64]
 
-# function: (result, arguments)
-PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
+Prototypes = dict[str, tuple[Any, list[Any]]]  # function: (result, arguments)
+
+PROTOTYPES: Prototypes = {
     "ddetr_abi_version": (_I32, []),
     "ddetr_error_string": (_TEXT, [_I32]),
     "ddetr_cpu_isa": (_I32, [_I32]),
     "ddetr_msda_forward_cpu": (
         _I32,
-        [*_PROBLEM, _POINTER, _STRIDES, *[_POINTER] * 3, *_SCRATCH, _I32, _POINTER],
+        [*PROBLEM, _POINTER, _STRIDES, *[_POINTER] * 3, *_SCRATCH, _I32, _POINTER],
     ),
     "ddetr_msda_fused_cpu": (
         _I32,
-        [*_PROBLEM, *[_POINTER, _STRIDES] * 2, _POINTER, _I32, _POINTER, *_SCRATCH, _I32, _POINTER],
+        [*PROBLEM, *[_POINTER, _STRIDES] * 2, _POINTER, _I32, _POINTER, *_SCRATCH, _I32, _POINTER],
     ),
     "ddetr_msda_backward_cpu": (
         _I32,
-        [*_PROBLEM, *[_POINTER] * 2, _STRIDES, *[_POINTER] * 5, *_SCRATCH, _I64, _I32, _POINTER],
+        [*PROBLEM, *[_POINTER] * 2, _STRIDES, *[_POINTER] * 5, *_SCRATCH, _I64, _I32, _POINTER],
     ),
-    "ddetr_cuda_error_string": (_TEXT, [_I32]),
-    "ddetr_msda_forward_cuda": (_I32, [*_PROBLEM, *[_POINTER] * 4, _I32, _POINTER]),
-    "ddetr_msda_backward_cuda": (_I32, [*_PROBLEM, *[_POINTER] * 7, _I32, _POINTER]),
 }
-_COMMON = ("ddetr_abi_version", "ddetr_error_string")
-_CPU = ("ddetr_cpu_isa", "ddetr_msda_forward_cpu", "ddetr_msda_fused_cpu", "ddetr_msda_backward_cpu")
-_CUDA = ("ddetr_cuda_error_string", "ddetr_msda_forward_cuda", "ddetr_msda_backward_cuda")
 
 
 @dataclass(frozen=True)
@@ -81,15 +77,15 @@ class CpuKernels:
 
     def forward(self, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor) -> Tensor:
         _, queries, _, levels, points, _ = sampling_xy.shape
-        value = _with_channels_side_by_side(value)
+        value = with_channels_side_by_side(value)
         sampling_xy, weights = sampling_xy.contiguous(), weights.contiguous()
         output = empty_output(value, queries)
         scratch = _forward_scratch(value, queries * levels * points)
         self._check(
             self.library.ddetr_msda_forward_cpu(
-                *_problem(value, level_hw, queries, points),
+                *problem(value, level_hw, queries, points),
                 value.data_ptr(),
-                _numbers(value.stride()[:3]),
+                int64_array(value.stride()[:3]),
                 sampling_xy.data_ptr(),
                 weights.data_ptr(),
                 output.data_ptr(),
@@ -111,17 +107,17 @@ class CpuKernels:
             sampling_xy, weights = reference.locate_projected(level_hw, reference_points, projected, heads)
             out.copy_(self.forward(value, level_hw, sampling_xy, weights))
             return
-        value, reference_points = _with_channels_side_by_side(value), reference_points.contiguous()
+        value, reference_points = with_channels_side_by_side(value), reference_points.contiguous()
         if projected.stride(2) != 1:
             projected = projected.contiguous()
         scratch = _forward_scratch(value, queries * samples)
         self._check(
             self.library.ddetr_msda_fused_cpu(
-                *_problem(value, level_hw, queries, samples // levels if levels > 0 else 0),
+                *problem(value, level_hw, queries, samples // levels if levels > 0 else 0),
                 value.data_ptr(),
-                _numbers(value.stride()[:3]),
+                int64_array(value.stride()[:3]),
                 projected.data_ptr(),
-                _numbers(projected.stride()[:2]),
+                int64_array(projected.stride()[:2]),
                 reference_points.data_ptr(),
                 numbers,
                 out.data_ptr(),
@@ -136,17 +132,17 @@ class CpuKernels:
         self, grad_output: Tensor, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         _, queries, heads, levels, points, _ = sampling_xy.shape
-        value = _with_channels_side_by_side(value)
+        value = with_channels_side_by_side(value)
         grad_output, sampling_xy, weights = (t.contiguous() for t in (grad_output, sampling_xy, weights))
         gradients = [_empty(tensor, tensor.shape) for tensor in (value, sampling_xy, weights)]
         threads = torch.get_num_threads() if self.parallel_for else 1
         scratch = _backward_scratch(value, queries * levels * points, sampling_xy.element_size(), threads)
         self._check(
             self.library.ddetr_msda_backward_cpu(
-                *_problem(value, level_hw, queries, points),
+                *problem(value, level_hw, queries, points),
                 grad_output.data_ptr(),
                 value.data_ptr(),
-                _numbers(value.stride()[:3]),
+                int64_array(value.stride()[:3]),
                 sampling_xy.data_ptr(),
                 weights.data_ptr(),
                 *map(Tensor.data_ptr, gradients),
@@ -165,67 +161,20 @@ class CpuKernels:
             raise KernelError(f"{self.path}: failed with code {status} ({reason}). Report this as a bug.")
 
 
-@dataclass(frozen=True)
-class CudaKernels:
-    """The CUDA library; as ``CpuKernels``, with the work queued on torch's current stream of the tensors' device."""
-
-    path: Path
-    library: ctypes.CDLL
-
-    def forward(self, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor) -> Tensor:
-        value, sampling_xy, weights = (t.contiguous() for t in (value, sampling_xy, weights))
-        output = empty_output(value, sampling_xy.shape[1])
-        self._check(
-            self.library.ddetr_msda_forward_cuda(
-                *_problem(value, level_hw, sampling_xy.shape[1], sampling_xy.shape[4]),
-                *(tensor.data_ptr() for tensor in (value, sampling_xy, weights, output)),
-                *_device_and_stream(value),
-            )
-        )
-        return output
-
-    def backward(
-        self, grad_output: Tensor, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = [t.contiguous() for t in (grad_output, value, sampling_xy, weights)]
-        # the kernel adds to the first one, in the dtype of the sums
-        gradients = torch.zeros_like(inputs[1], dtype=sampling_xy.dtype), *map(torch.empty_like, inputs[2:])
-        self._check(
-            self.library.ddetr_msda_backward_cuda(
-                *_problem(value, level_hw, sampling_xy.shape[1], sampling_xy.shape[4]),
-                *(tensor.data_ptr() for tensor in (*inputs, *gradients)),
-                *_device_and_stream(value),
-            )
-        )
-        return gradients[0].to(value.dtype), gradients[1], gradients[2]
-
-    def fused(
-        self, value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor, out: Tensor
-    ) -> None:
-        sampling_xy, weights = reference.locate_projected(level_hw, reference_points, projected, value.shape[2])
-        out.copy_(self.forward(value, level_hw, sampling_xy, weights))
-
-    def _check(self, status: int) -> None:
-        if status != 0:
-            text = self.library.ddetr_cuda_error_string if status > 0 else self.library.ddetr_error_string
-            raise KernelError(
-                f"{self.path}: failed with code {status} ({text(status).decode()}). Use --device cpu, or reinstall "
-                "ddetr on this machine."
-            )
-
-
-def _problem(value: Tensor, level_hw: Sequence[int], queries: int, points: int) -> tuple[Dims, int, Any]:
+def problem(value: Tensor, level_hw: Sequence[int], queries: int, points: int) -> tuple[Dims, int, Any]:
     """The arguments that every kernel begins with."""
     batch, positions, heads, channels = value.shape
     dims = Dims(batch, positions, heads, channels, queries, len(level_hw) // 2, points)
-    return dims, _DTYPES[value.dtype], _numbers(level_hw)
+    return dims, _DTYPES[value.dtype], int64_array(level_hw)
 
 
-def _numbers(numbers: Sequence[int]) -> Any:
-    return (_I64 * len(numbers))(*numbers)
+def int64_array(of: Sequence[int]) -> Any:
+    """An array of 64-bit integers."""
+    return (_I64 * len(of))(*of)
 
 
-def _with_channels_side_by_side(value: Tensor) -> Tensor:
+def with_channels_side_by_side(value: Tensor) -> Tensor:
+    """``value`` where only its other dimensions have gaps, else a copy without."""
     return value if value.stride(3) == 1 or value.shape[3] <= 1 else value.contiguous()
 
 
@@ -288,23 +237,13 @@ def _find_madvise() -> Any:
 _MADVISE = _find_madvise()
 
 
-def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-_LOCK = threading.Lock()
+LOCK = threading.Lock()
 
 
 def cpu_kernels() -> CpuKernels | None:
     """The CPU kernels, or None where none are installed. Raises KernelError for a library that does not work."""
-    with _LOCK:
+    with LOCK:
         return _load_cpu()
-
-
-def cuda_kernels() -> CudaKernels | None:
-    """The CUDA kernels, or None where none are installed; untested, that is ``selftest``'s business."""
-    with _LOCK:
-        return _load_cuda()
 
 
 @cache
@@ -312,7 +251,7 @@ def _load_cpu() -> CpuKernels | None:
     path = find_built_file("libddetr_cpu.so")
     if path is None:
         return None
-    library = _load(path, (*_COMMON, *_CPU))
+    library = load(path, PROTOTYPES)
     wanted = os.environ.get("DDETR_CPU_ISA", "best")
     if wanted not in _ISAS:
         raise KernelError(f"DDETR_CPU_ISA={wanted}: not an instruction set. Use one of {', '.join(_ISAS)}.")
@@ -323,19 +262,14 @@ def _load_cpu() -> CpuKernels | None:
     return CpuKernels(path, names[isa], library, _torch_parallel_for())
 
 
-@cache
-def _load_cuda() -> CudaKernels | None:
-    path = find_built_file("libddetr_cuda.so")
-    return None if path is None else CudaKernels(path, _load(path, (*_COMMON, *_CUDA)))
-
-
-def _load(path: Path, functions: Sequence[str]) -> ctypes.CDLL:
+def load(path: Path, prototypes: Prototypes) -> ctypes.CDLL:
+    """The library at ``path`` with its functions declared. Raises KernelError for one that is not ours."""
     advice = "Reinstall ddetr (pip install --force-reinstall --no-deps ...)."
     try:
         library = ctypes.CDLL(str(path))
-        for name in functions:
+        for name, (result, arguments) in prototypes.items():
             function = getattr(library, name)
-            function.restype, function.argtypes = PROTOTYPES[name]
+            function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise KernelError(f"{path}: cannot be loaded ({error}). {advice}") from error
     version = library.ddetr_abi_version()
