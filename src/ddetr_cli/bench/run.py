@@ -14,6 +14,7 @@ import torch
 from ddetr_cli.bench.card import Scoring, measure_card
 from ddetr_cli.bench.flops import FLOPS_CONVENTION
 from ddetr_cli.bench.folder import FolderRun, measure_folder
+from ddetr_cli.bench.gpu_op import measure_gpu_op
 from ddetr_cli.bench.latency import LATENCY_CONVENTION, measure_latency
 from ddetr_cli.bench.machine import describe_machine, describe_versions
 from ddetr_cli.bench.op import measure_op
@@ -109,7 +110,8 @@ def run_bench(
             elif measurement == LATENCY:
                 sections.append(measure_latency(options, models, device, listener))
             elif measurement == OP:
-                sections.append(measure_op(options, device, listener))
+                measure = measure_gpu_op if device.type == "cuda" else measure_op
+                sections.append(measure(options, device, listener))
             elif measurement == STAGES:
                 assert finishing is not None
                 sections.append(measure_stages(options, models, device, finishing, listener))
