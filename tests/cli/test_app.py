@@ -107,7 +107,7 @@ def test_nothing_at_all_shows_the_help_and_exits_2(capsys: pytest.CaptureFixture
     [
         (["detct"], "Did you mean 'detect'?"),
         (["detect", "x.jpg", "--treshold", "0.3"], "--threshold"),
-        (["detect"], "Missing argument"),
+        (["detect"], "none given"),
         (["detect", "x.jpg", "--threshold"], "requires an argument"),
         (["--frobnicate"], "No such option: --frobnicate"),
     ],

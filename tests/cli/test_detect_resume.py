@@ -206,12 +206,12 @@ def test_a_picture_that_crashes_the_program_is_found_and_left_out(model: str, ph
     code = (
         "import os, sys\n"
         "from ddetr_cli.detect import reading\n"
-        "read = reading.read_image\n"
+        "read = reading.read_picture\n"
         "def crash(path, **options):\n"
         "    if path.name == 'b.png':\n"
         "        os.kill(os.getpid(), 11)\n"
         "    return read(path, **options)\n"
-        "reading.read_image = crash\n"
+        "reading.read_picture = crash\n"
         "from ddetr_cli.cli.app import main\n"
         "sys.exit(main())"
     )

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ddetr_cli.classes import ClassTable
-from ddetr_cli.data.images import read_image
+from ddetr_cli.data.images import Picture, read_picture
 from ddetr_cli.detect.run import ImageResult, RunSummary, class_counts, detect_images
 from ddetr_cli.detect.selection import Selection
 from ddetr_cli.detect.sources import Input, find_inputs
@@ -240,11 +240,11 @@ def test_few_pictures_are_held_in_memory_at_once(
     write_photos(tmp_path, [(64, 48)] * 20)
     opened: list[Path] = []
 
-    def count(path: Path, *, max_pixels: int) -> Image.Image:
+    def count(path: Path, **options: Any) -> Picture:
         opened.append(path)
-        return read_image(path, max_pixels=max_pixels)
+        return read_picture(path, **options)
 
-    monkeypatch.setattr("ddetr_cli.detect.reading.read_image", count)
+    monkeypatch.setattr("ddetr_cli.detect.reading.read_picture", count)
     threads = helper_threads("cpu")
     for keeper, most in ((Keeper(), threads), (Drawer(), 2 * threads)):
         opened.clear()

@@ -103,15 +103,16 @@ for _command, _function in COMMANDS:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``ddetr`` on ``arguments`` (default: the process's own) and give its exit code; reports every error."""
     session = Session()
-    try:
-        with console.sigterm_unwinds(), console.own_warnings_only():
-            return _run(arguments, session)
-    except console.Terminated:
-        console.say_error("stopped by SIGTERM.")
-        return 143
-    except KeyboardInterrupt:
-        console.say_error("stopped by Ctrl-C.")
-        return 130
+    with console.plain_talk():
+        try:
+            with console.sigterm_unwinds(), console.own_warnings_only():
+                return _run(arguments, session)
+        except console.Terminated:
+            console.say_error("stopped by SIGTERM.")
+            return 143
+        except KeyboardInterrupt:
+            console.say_error("stopped by Ctrl-C.")
+            return 130
 
 
 def _run(arguments: Sequence[str] | None, session: Session) -> int:

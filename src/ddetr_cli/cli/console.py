@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import os
 import signal
@@ -86,13 +87,44 @@ class _Talk:
 talk = _Talk()
 
 
+class _Form:
+    """In which form stderr is written."""
+
+    is_json = False
+
+
+@contextmanager
+def plain_talk() -> Iterator[None]:
+    """Within, stderr takes plain lines, until ``talk_json`` says otherwise; after, as before."""
+    before, _Form.is_json = _Form.is_json, False
+    try:
+        yield
+    finally:
+        _Form.is_json = before
+
+
+def talk_json() -> None:
+    """From now on every line on stderr is one JSON object with an ``event``; whatever else is said is a "message"."""
+    _Form.is_json = True
+
+
+def tell(event: str, **values: Any) -> None:
+    """One event on stderr, where it takes JSON; nothing elsewhere."""
+    if _Form.is_json:
+        talk.write(json.dumps({"event": event, **values}) + "\n")
+        talk.flush()
+
+
 def is_interactive() -> bool:
     """Whether stderr is a terminal that understands cursor movement; if not, output is plain lines."""
-    return talk.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+    return not _Form.is_json and talk.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def say(text: str) -> None:
     """One line on stderr, whatever is in ``text``."""
+    if _Form.is_json:
+        tell("message", text=text)
+        return
     talk.write(printable(text) + "\n")
     talk.flush()
 
@@ -120,7 +152,9 @@ def rich_console(*, stdout: bool = False) -> Console:
 
 
 def show(renderable: RenderableType) -> None:
-    """A rich table or text on stderr."""
+    """A rich table or text on stderr; nothing where that takes JSON."""
+    if _Form.is_json:
+        return
     rich_console().print(renderable)
     talk.flush()
 
@@ -227,7 +261,7 @@ class Progress:
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif not self._quiet and time.monotonic() >= self._next_line and self.done < self.total:
+        elif not (self._quiet or _Form.is_json) and time.monotonic() >= self._next_line and self.done < self.total:
             self._next_line = time.monotonic() + PLAIN_PROGRESS_SECONDS
             say(f"{self.description + ': ' if self.description else ''}{self.done} of {self.total} {self.unit}")
 
@@ -286,8 +320,10 @@ class StopSignals:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.received, self._received_at = signal.Signals(number), time.monotonic()
         # A plain write: the interrupted code may hold the bar's lock.
+        text = "stopping at the next safe point; once more stops at once"
+        line = json.dumps({"event": "message", "text": text}) if _Form.is_json else f"\nddetr: {text}"
         with suppress(OSError, ValueError, AttributeError):
-            os.write(sys.stderr.fileno(), b"\nddetr: stopping at the next safe point; once more stops at once\n")
+            os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,16 +30,25 @@ from ddetr_cli.errors import UsageError
 from ddetr_cli.presets import FASTER_RCNN
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ddetr_cli.detect.run import Sink
     from ddetr_cli.detect.selection import Selection
+    from ddetr_cli.detect.sources import Input
     from ddetr_cli.inference.predictor import Predictor
     from ddetr_cli.weights import LoadedModel
 
 
 def detect(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCES", help="Pictures, and folders searched for pictures.")
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCES",
+            show_default=False,
+            help="Pictures, folders, patterns ('in/**/*.jpg'), .tar archives, videos, URLs; '-' reads a list of them "
+            "from stdin.",
+        ),
+    ] = None,
     model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)] = DEFAULT_MODEL,
     output: Annotated[
         str,
@@ -54,6 +64,19 @@ def detect(
         bool,
         typer.Option("--overwrite", help="Replace the results of an earlier run in --output; touch nothing else."),
     ] = False,
+    list_file: Annotated[
+        str | None, typer.Option("--list", metavar="FILE", help="More sources, one a line; '-' is stdin.")
+    ] = None,
+    null: Annotated[
+        bool, typer.Option("--null", "-0", help="Lists end each entry with a NUL, as find -print0 writes them.")
+    ] = False,
+    recursive: Annotated[
+        bool, typer.Option("--recursive/--no-recursive", help="Search the folders within folders too.")
+    ] = True,
+    every: Annotated[int, typer.Option("--every", min=1, help="Of a video every so many frames one.")] = 1,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, show_default="all", help="Only the first so many pictures.")
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -152,6 +175,27 @@ def detect(
     max_pixels: Annotated[
         int, typer.Option("--max-pixels", min=1, help="Refuse pictures of more pixels than this.")
     ] = MAX_PIXELS,
+    allow_truncated: Annotated[
+        bool,
+        typer.Option(
+            "--allow-truncated",
+            help="Take files that break off as far as they go, and mark them; the rest of such a picture is made up.",
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, max=256, show_default="by device", help="Threads that read and draw beside the model."
+        ),
+    ] = None,
+    max_failures: Annotated[
+        int | None,
+        typer.Option("--max-failures", min=0, show_default="any", help="Stop when more pictures than this failed."),
+    ] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first picture that fails.")] = False,
+    json_progress: Annotated[
+        bool, typer.Option("--json-progress", help="Every line on stderr is a JSON object with an 'event'.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors and warnings.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Also the kernels in use, the model's tensors and every image.")
@@ -165,6 +209,11 @@ def detect(
 
     A picture that cannot be read is named and passed over, and the exit code is 3.
     """
+    if json_progress:
+        console.talk_json()
+    if fail_fast and max_failures:
+        raise UsageError("--fail-fast and --max-failures: contradict each other. Give one.")
+    most_failures = 0 if fail_fast else max_failures
     if quiet and verbose:
         raise UsageError("--quiet and --verbose: contradict each other. Give one.")
     wanted = _parse_formats(formats)
@@ -194,7 +243,7 @@ def detect(
     if merge:
         if folder is None or resume or part != (1, 1):
             raise UsageError("--merge: takes the folders of shards, --output and --overwrite, no more.")
-        merge_shards([Path(source) for source in sources], folder, overwrite=overwrite, quiet=quiet)
+        merge_shards([Path(source) for source in sources or ()], folder, overwrite=overwrite, quiet=quiet)
         return
     check_model_options(model, device=device, preset=preset)
     with open_processes(device) as processes:
@@ -204,14 +253,19 @@ def detect(
 
         from ddetr_cli.detect.sources import find_inputs
 
-        inputs = find_inputs(sources, output=folder)
+        named, listed = _read_lists(sources or [], list_file, null=null)
+        if processes.count > 1 and "-" in (*(sources or ()), list_file):
+            raise UsageError("source '-': not with several processes. Give --list a file.")
+        inputs = find_inputs(named, output=folder, recursive=recursive, listed=listed, every=every, limit=limit)
         if folder is not None:
             processes.take_folder(folder, inputs.images, formats=wanted, overwrite=overwrite, resume=resume)
 
         from ddetr_cli.detect.journal import RunHeader
+        from ddetr_cli.detect.reading import read_input
         from ddetr_cli.detect.run import detect_images
         from ddetr_cli.detect.sinks.assemble import make_sinks, make_stream_sink
         from ddetr_cli.inference.tiles import Tiling
+        from ddetr_cli.detect.sinks.sheet import THUMBNAIL_PX
 
         loaded, predictor = open_predictor(
             model,
@@ -234,25 +288,35 @@ def detect(
             report.say_details(loaded)
         info = _info(loaded, predictor, selection, draft=draft)
         options = {name: value for name, value in info.items() if name not in ("description", "model")}
-        options |= {"device": predictor.device.type, "max_pixels": max_pixels}
+        options |= {"device": predictor.device.type, "max_pixels": max_pixels, "allow_truncated": allow_truncated}
         header = RunHeader.of(
             inputs.images, loaded.classes, info=info, options=options, formats=sorted(wanted), shard=part
         )
+
+        def thumbnail(item: Input) -> Image.Image:
+            return read_input(item, short=THUMBNAIL_PX, max_pixels=max_pixels, allow_truncated=allow_truncated).image
+
         positions = processes.stretch(header.positions)
         summary = journal = None
         try:
             if folder is None:
                 sinks: list[Sink] = [make_stream_sink(console.StdoutFile(), min(wanted), loaded.classes)]
             else:
-                journal = processes.open_journal(folder, header, sources, resume=resume, skip_failed=skip_failed)
+                journal = processes.open_journal(
+                    folder, header, sources or [], resume=resume, skip_failed=skip_failed
+                )
                 # As the run began, so that a model that was moved since makes no difference.
                 info = journal.finished.headers[0].info if journal.finished.headers else info
                 sinks = processes.make_sinks(
-                    lambda formats: make_sinks(folder, formats, loaded.classes, info, max_pixels=max_pixels), wanted
+                    lambda formats: make_sinks(folder, formats, loaded.classes, info, read=thumbnail), wanted
                 )
             done = 0 if journal is None else sum(position in journal.finished for position in positions)
             if resume:
                 report.say_resumed(done, len(positions))
+
+            def should_stop() -> bool:
+                return stop.requested or (most_failures is not None and report.failed > most_failures)
+
             with console.StopSignals() as stop, report.progress(len(positions) - done):
                 summary = detect_images(
                     inputs.images,
@@ -261,10 +325,12 @@ def detect(
                     selection=selection,
                     max_pixels=max_pixels,
                     draft=draft,
+                    allow_truncated=allow_truncated,
+                    workers=workers,
                     positions=positions,
                     journal=journal,
                     on_result=report.add,
-                    should_stop=lambda: stop.requested,
+                    should_stop=should_stop,
                 )
                 if folder is not None and not stop.requested:
                     summary = processes.join(folder, header, inputs.images, summary)
@@ -272,9 +338,30 @@ def detect(
             processes.close(summary, skipped=len(inputs.skipped))
     report.end(summary, selection, folder)
     # A signal that came when the last image was done stopped nothing.
-    code = stop.exit_code if summary.unfinished else exit_code(summary)
+    code = stop.exit_code if summary.unfinished and stop.requested else exit_code(summary)
     if code and (processes.is_main or summary.unfinished):
         raise typer.Exit(code)
+
+
+def _read_lists(sources: list[str], list_file: str | None, *, null: bool) -> tuple[list[str], list[str]]:
+    """The sources that were named, and those in the lists. Raises UsageError."""
+    from ddetr_cli.detect.sources import parse_list
+
+    lists = [*(source for source in sources if source == "-"), *([] if list_file is None else [list_file])]
+    if not sources and not lists:
+        raise typer.BadParameter("none given. Give pictures, folders, or --list FILE.", param_hint="SOURCES")
+    if null and not lists:
+        raise UsageError("--null: only with a list (--list FILE, or - for stdin).")
+    if lists.count("-") > 1:
+        raise UsageError("'-': given twice, but stdin can be read once.")
+    listed: list[str] = []
+    for name in lists:
+        try:
+            data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        except (OSError, AttributeError) as error:
+            raise UsageError(f"--list {name}: cannot be read ({error}). Give a file of paths.") from error
+        listed += parse_list(data, null=null)
+    return [source for source in sources if source != "-"], listed
 
 
 def _parse_shard(text: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddetr_cli.cli import console
 
@@ -29,6 +29,7 @@ class Report:
         self._inputs = inputs
         self._quiet, self._verbose = quiet, verbose
         self._progress: console.Progress | None = None
+        self._done = self._failed = 0
 
     def say_details(self, loaded: LoadedModel) -> None:
         """The model's tensors, the kernels in use, and what was passed over."""
@@ -47,6 +48,7 @@ class Report:
     @contextmanager
     def progress(self, total: int) -> Iterator[None]:
         """Progress over ``total`` images while the block runs."""
+        console.tell("start", images=total)
         with (
             console.Progress(total, unit="images", description="detect", quiet=self._quiet) as self._progress,
             _notes_of_the_reader(self._progress, verbose=self._verbose),
@@ -56,19 +58,29 @@ class Report:
     def add(self, result: ImageResult) -> None:
         """One more image is finished."""
         assert self._progress is not None
+        self._done += 1
+        self._failed += result.failure is not None
+        console.tell("image", done=self._done, **_event(result))
         if result.failure is not None:
-            self._progress.say(f"ddetr: error: {result.input.path}: {result.failure}")
+            self._progress.say(f"ddetr: error: {result.input.where}: {result.failure}")
         elif result.dropped:
             self._progress.say(
-                f"ddetr: error: {result.input.path}: {result.dropped} detections dropped (not finite numbers). "
+                f"ddetr: error: {result.input.where}: {result.dropped} detections dropped (not finite numbers). "
                 "Use --precision fp32, or check the model."
             )
         if self._verbose and result.failure is None:
             self._progress.say(_line(result, self._classes))
         self._progress.advance()
 
+    @property
+    def failed(self) -> int:
+        """How many images have failed so far, in this session."""
+        return self._failed
+
     def end(self, summary: RunSummary, selection: Selection, folder: Path | None) -> None:
         """Counts, and where the results are."""
+        counts = {"processed": summary.processed, "failed": summary.failed, "not_reached": summary.unfinished}
+        console.tell("end", **counts, skipped=len(self._inputs.skipped), detections=summary.detections)
         if not self._quiet:
             _show_summary(summary, self._classes, selection)
         if not self._quiet or summary.failed:
@@ -77,6 +89,14 @@ class Report:
             console.say(f"processed {summary.processed}, failed {summary.failed}, skipped {skipped}{tail}")
         if not self._quiet and folder is not None:
             console.say(f"results in {folder}")
+
+
+def _event(result: ImageResult) -> dict[str, Any]:
+    """One finished image, for --json-progress."""
+    values: dict[str, Any] = {"file_name": result.input.name, "image_id": result.image_id}
+    if result.failure is not None:
+        return {**values, "failed": result.failure}
+    return {**values, "detections": len(result.labels), "seconds": round(result.seconds, 4)}
 
 
 def exit_code(summary: RunSummary) -> int:
@@ -93,7 +113,7 @@ def _line(result: ImageResult, classes: ClassTable) -> str:
         counts[classes.name(label)] = counts.get(classes.name(label), 0) + 1
     found = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
     width, height = result.size_wh or (0, 0)
-    return f"{result.input.path}: {width}x{height}, {found or 'nothing'}, {result.seconds:.2f} s"
+    return f"{result.input.where}: {width}x{height}, {found or 'nothing'}, {result.seconds:.2f} s"
 
 
 def _show_summary(summary: RunSummary, classes: ClassTable, selection: Selection) -> None:

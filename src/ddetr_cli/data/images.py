@@ -16,9 +16,9 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias
+from typing import BinaryIO, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from PIL import AvifImagePlugin, Image, Jpeg2KImagePlugin, TiffImagePlugin, Unid
 from torch import Tensor
 
 from ddetr_cli.data.formats import ACCEPTED_TYPES, MAX_PIXELS, REFUSED_SIGNATURES
+from ddetr_cli.data.truncated import truncated_allowed
 from ddetr_cli.errors import ImageError, UsageError
 
 # A file, a picture of Pillow's, or the (H,W,3) RGB values of one.
@@ -58,6 +59,14 @@ _DRAFT_MARGIN = 1.75
 _log = logging.getLogger(__name__)
 
 
+class Picture(NamedTuple):
+    """An 8-bit RGB picture without metadata, the (width, height) of the whole, and whether its end is made up."""
+
+    image: Image.Image
+    size_wh: tuple[int, int]
+    is_truncated: bool = False
+
+
 def read_image(path: str | os.PathLike[str], *, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The first frame of an image file as an 8-bit RGB picture without any metadata.
 
@@ -67,18 +76,7 @@ def read_image(path: str | os.PathLike[str], *, upright: bool = True, max_pixels
     ImageError for everything else: not a regular file, not an accepted format, damaged, truncated, or more than
     ``max_pixels`` (Pillow itself refuses above 178,956,970). Notes on the file go to the log at INFO.
     """
-    # Pillow warns about odd metadata; under -W error these would turn readable photos into failures.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    try:
-        with _open_regular(path) as file:
-            head = file.read(512)
-            file.seek(0)
-            return _decode(path, file, head, upright=upright, max_pixels=max_pixels)[0]
-    except ImageError:
-        raise
-    # Damaged files surface as OSError, ValueError, TypeError, SyntaxError, struct.error, MemoryError and more.
-    except Exception as error:
-        raise ImageError(f"{path}: {_reason(error)}") from error
+    return read_picture(path, upright=upright, max_pixels=max_pixels).image
 
 
 def read_reduced(
@@ -90,16 +88,44 @@ def read_reduced(
     size: what comes has 1.75 times that or more. Resized to it, it differs from the whole picture resized by less
     than one level of 255 on average. Errors are those of ``read_image``.
     """
+    return read_picture(path, short=short, max_pixels=max_pixels)[:2]
+
+
+def read_picture(
+    path: str | os.PathLike[str],
+    *,
+    opener: Callable[[], BinaryIO] | None = None,
+    upright: bool = True,
+    short: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    allow_truncated: bool = False,
+) -> Picture:
+    """As ``read_image``, or with ``short`` as ``read_reduced``.
+
+    ``opener`` gives the file where ``path`` is only its name. With ``allow_truncated`` a file that breaks off is read
+    as far as it goes, and the rest is whatever its decoder makes of it.
+    """
+    # Pillow warns about odd metadata; under -W error these would turn readable photos into failures.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        with _open_regular(path) as file:
+        with _open_regular(path) if opener is None else opener() as file:
             head = file.read(512)
-            file.seek(0)
-            return _decode(
-                path, file, head, upright=True, max_pixels=max_pixels, short=math.ceil(_DRAFT_MARGIN * short)
-            )
+
+            def decode() -> tuple[Image.Image, tuple[int, int]]:
+                file.seek(0)
+                least = None if short is None else math.ceil(_DRAFT_MARGIN * short)
+                return _decode(path, file, head, upright=upright, max_pixels=max_pixels, short=least)
+
+            try:
+                return Picture(*decode())
+            except Exception as error:
+                if not allow_truncated or "truncated" not in str(error).lower():
+                    raise
+            with truncated_allowed():
+                return Picture(*decode(), is_truncated=True)
     except ImageError:
         raise
+    # Damaged files surface as OSError, ValueError, TypeError, SyntaxError, struct.error, MemoryError and more.
     except Exception as error:
         raise ImageError(f"{path}: {_reason(error)}") from error
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from ddetr_cli.data.images import read_image, read_reduced
+from ddetr_cli.data.images import Picture, read_picture
+from ddetr_cli.detect.video import Frame
 from ddetr_cli.errors import ImageError
 from ddetr_cli.inference.ahead import map_ahead
 
@@ -37,6 +38,20 @@ class Numbered(NamedTuple):
     image_id: int
 
 
+def read_input(item: Input, *, short: int | None = None, max_pixels: int, allow_truncated: bool = False) -> Picture:
+    """The picture of an input, wherever it comes from, as ``read_picture`` gives it. Raises ImageError."""
+    if isinstance(item.origin, Frame):
+        frame = item.origin.picture(max_pixels)
+        return Picture(frame, frame.size)
+    return read_picture(
+        item.path,
+        opener=None if item.origin is None else item.origin.open,
+        short=short,
+        max_pixels=max_pixels,
+        allow_truncated=allow_truncated,
+    )
+
+
 def picture_nbytes(picture: Image.Image) -> int:
     return 4 * picture.width * picture.height  # Pillow takes four bytes for an RGB pixel
 
@@ -51,6 +66,7 @@ class Read:
     prepared: Prepared | None = None
     picture: Image.Image | None = None
     failure: str | None = None
+    is_truncated: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -67,24 +83,24 @@ class Reader:
     max_pixels: int
     keeps_pictures: bool
     draft: bool
+    allow_truncated: bool = False
 
     def __call__(self, numbered: Numbered) -> Read:
         item = numbered.item
         read = Read(item, numbered.image_id, failure=item.failure)
         if item.failure is not None:
             return read
+        short = self.predictor.image_size if self.draft and not self.keeps_pictures else None
         try:
-            if self.draft and not self.keeps_pictures:
-                short = self.predictor.image_size
-                picture, read.size_wh = read_reduced(item.path, short, max_pixels=self.max_pixels)
-            else:
-                picture = read_image(item.path, max_pixels=self.max_pixels)
-                read.size_wh = picture.size
-            read.prepared = self.predictor.prepare(picture, (read.size_wh[1], read.size_wh[0]))
-            read.picture = picture if self.keeps_pictures else None
+            picture = read_input(item, short=short, max_pixels=self.max_pixels, allow_truncated=self.allow_truncated)
+            read.size_wh, read.is_truncated = picture.size_wh, picture.is_truncated
+            read.prepared = self.predictor.prepare(picture.image, (read.size_wh[1], read.size_wh[0]))
+            read.picture = picture.image if self.keeps_pictures else None
         except ImageError as error:
             # The reason alone, without the path in front: files that quote it name the path themselves.
-            read.failure = str(error).removeprefix(f"{item.path}: ")
+            read.failure = str(error)
+            for prefix in (item.where, str(item.path), str(item.path.parent)):
+                read.failure = read.failure.removeprefix(f"{prefix}: ")
         except MemoryError:
             read.failure = "not enough memory to prepare it. Give a smaller version."
         except Exception as error:

@@ -45,6 +45,7 @@ class ImageResult:
     labels: list[int] = field(default_factory=list)  # class indices
     dropped: int = 0  # detections that were not finite numbers
     failure: str | None = None
+    truncated: bool = False  # the file breaks off; the end of the picture is made up
     seconds: float = 0.0  # this image's share of the model's time
 
 
@@ -90,6 +91,8 @@ def detect_images(
     selection: Selection,
     max_pixels: int,
     draft: bool = False,
+    allow_truncated: bool = False,
+    workers: int | None = None,
     positions: range | None = None,
     journal: Journal | None = None,
     on_result: Callable[[ImageResult], None] = lambda _: None,
@@ -98,7 +101,8 @@ def detect_images(
     """Run ``predictor`` over ``inputs`` and give every result to ``sinks``, then to ``on_result``, in input order.
 
     Of the detections those that ``selection`` keeps are results. With ``draft`` large JPEGs are decoded at reduced
-    size, unless a sink draws. ``positions``: only these of the inputs; ids are those of the whole.
+    size, unless a sink draws. ``workers`` threads read and draw beside the model; None chooses. ``positions``: only
+    these of the inputs; ids are those of the whole.
 
     What ``journal`` has finished goes to the sinks as it was, without a file and not to ``on_result``; every other
     result is added to it when the sinks have it. When ``should_stop`` says so the run ends after the images in work;
@@ -109,11 +113,11 @@ def detect_images(
     positions = range(len(inputs)) if positions is None else positions
     ids = assign_image_ids([item.name for item in inputs])
     device_error: DeviceError | None = None
-    threads = helper_threads(predictor.device.type)
+    threads = workers or helper_threads(predictor.device.type)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ddetr")
     keeper = _Keeper(pool, sinks, on_result, inputs, ids, positions, journal)
     keeps_pictures = any(sink.render is not None for sink in sinks)
-    reader = Reader(predictor, max_pixels, keeps_pictures=keeps_pictures, draft=draft)
+    reader = Reader(predictor, max_pixels, keeps_pictures, draft, allow_truncated)
     has_suspects = journal is not None and journal.has_suspects
     on_alone = journal.note_trying if journal is not None and has_suspects else None
     try:
@@ -278,6 +282,7 @@ def _result(read: Read, found: ImageDetections, seconds: float) -> ImageResult:
         found.scores.tolist(),
         found.labels.tolist(),
         dropped=found.dropped,
+        truncated=read.is_truncated,
         seconds=seconds,
     )
 

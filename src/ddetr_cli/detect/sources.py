@@ -1,14 +1,22 @@
-"""Files and folders the user names -> the inputs of a run, each real file once, in an order that never changes."""
+"""What the user names (files, folders, patterns, lists, archives, videos, URLs) -> the inputs of a run.
+
+Each real file comes once, in an order that never changes.
+"""
 
 from __future__ import annotations
 
+import glob
 import os
+import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ddetr_cli.data.formats import ACCEPTED_SUFFIXES, ACCEPTED_TYPES, REFUSED_SUFFIXES
-from ddetr_cli.errors import NothingUsableError, UsageError
+from ddetr_cli.detect.archives import ARCHIVE_SUFFIX, PACKED_SUFFIXES, Member, is_safe, members
+from ddetr_cli.detect.remote import Remote, find_remote, is_url
+from ddetr_cli.detect.video import VIDEO_SUFFIXES, Frame, Video
+from ddetr_cli.errors import ImageError, NothingUsableError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +36,12 @@ class Input:
     name: str
     failure: str | None = None  # why it cannot even be tried
     is_link: bool = False
+    origin: Member | Remote | Frame | None = None  # where its bytes are; without, at ``path``
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return self.origin.url if isinstance(self.origin, Remote) else str(self.path)
 
 
 @dataclass
@@ -38,35 +52,153 @@ class Inputs:
     skipped: list[tuple[Path, str]] = field(default_factory=list)
 
 
-def find_inputs(sources: Sequence[str], *, output: Path | None = None) -> Inputs:
-    """Every picture among ``sources`` (files, and folders searched recursively), sorted by path, folder by folder.
+def find_inputs(
+    sources: Sequence[str],
+    *,
+    output: Path | None = None,
+    recursive: bool = True,
+    listed: Sequence[str] = (),
+    every: int = 1,
+    limit: int | None = None,
+) -> Inputs:
+    """Every picture among ``sources``, sorted by path, folder by folder.
 
-    Links to files are followed, links to folders inside a searched folder are not; a file reached twice counts
-    once. Pictures below ``output`` written by an earlier run are not inputs. Raises UsageError for a source that
-    does not exist and NothingUsableError when there is no picture at all.
+    Sources are files, folders (searched to the bottom unless not ``recursive``), patterns (``'in/**/*.jpg'``), tar
+    archives, videos (of which every ``every``-th frame is a picture) and URLs. ``listed`` are more of them, but no
+    patterns, as a file lists them: one that is missing is an input that fails, and each one's name is its path as it
+    stands there. Links to files are followed, links to folders inside a searched folder are not; a file reached twice
+    counts once. Pictures below ``output`` written by an earlier run are not inputs. ``limit``: only the
+    first so many.
+
+    Raises UsageError for a source that does not exist and NothingUsableError when there is no picture at all.
     """
     found = Inputs()
+    search = _Search(found, output, recursive=recursive, every=every)
     for source in sources:
         if not source:
             raise UsageError("source '': empty. Give a file or a folder.")
-        if source == "-":
-            raise UsageError(
-                "source '-': reading from stdin is not supported. Give a file (./- if it has that name)."
-            )
-        path = Path(source)
-        if path.is_dir():
-            _walk(path, found, output)
-        elif os.path.lexists(path):
-            found.images.append(_named_file(path, path.name))
-        else:
+        if not search.add(source, PurePosixPath(source).name or source) and not search.add_pattern(source):
             raise UsageError(f"{source}: no such file or folder. Check the path.")
+    for source in listed:
+        if not search.add(source, _listed_name(source), folder_name=_listed_name(source)):
+            found.images.append(Input(Path(source), _listed_name(source), "no such file. Check the path."))
     found.images.sort(key=lambda image: image.path.parts)
     _keep_each_file_once(found)
+    found.images = found.images[:limit]
     found.skipped.sort(key=lambda entry: entry[0].parts)
     if not found.images:
-        where = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")
-        raise NothingUsableError(f"{where}: no image found. Accepted types: {ACCEPTED_TYPES}.")
+        named = [*sources, *listed]
+        where = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
+        raise NothingUsableError(f"{where or 'the list'}: no image found. Accepted types: {ACCEPTED_TYPES}.")
     return found
+
+
+def parse_list(data: bytes, *, null: bool) -> list[str]:
+    """The paths in a list: one a line, or with ``null`` one before each NUL, as ``find -print0`` writes them."""
+    parts = data.split(b"\0") if null else [line.removesuffix(b"\r") for line in data.split(b"\n")]
+    return [os.fsdecode(part) for part in parts if part]
+
+
+@dataclass
+class _Search:
+    """Adds what a source stands for to ``found``."""
+
+    found: Inputs
+    output: Path | None
+    recursive: bool
+    every: int
+
+    def add(self, source: str, name: str, folder_name: str = "") -> bool:
+        """Add a file, folder, archive, video or URL; False where there is none. ``name`` is that of a single one."""
+        if is_url(source):
+            for url, its_name in find_remote(source):
+                self._add_remote(url, its_name, is_named=url == source)
+            return True
+        path = Path(source)
+        if path.is_dir():
+            _walk(path, self.found, self.output, recursive=self.recursive, within_name=folder_name)
+        elif not os.path.lexists(path):
+            return False
+        elif path.name.lower().endswith(PACKED_SUFFIXES):
+            failure = "compressed archive (it cannot be read from its middle). Unpack it, or make it a plain .tar."
+            self.found.images.append(Input(path, name, failure))
+        elif path.suffix.lower() == ARCHIVE_SUFFIX:
+            self._add_archive(path, name)
+        elif path.suffix.lower() in VIDEO_SUFFIXES:
+            self._add_video(path, name)
+        else:
+            self.found.images.append(_named_file(path, name))
+        return True
+
+    def add_pattern(self, source: str) -> bool:
+        """Add what a pattern matches, named from its first wildcard's folder on; False where it is none."""
+        if not glob.has_magic(source):
+            return False
+        fixed = Path(*_before_wildcard(Path(source)))
+        matches = sorted(glob.glob(source, recursive=True))
+        for match in matches:
+            path = Path(match)
+            if path.is_dir():
+                continue  # 'in/**' gives folders too, and what is in them
+            name = path.relative_to(fixed).as_posix()
+            if path.suffix.lower() == ARCHIVE_SUFFIX or path.suffix.lower() in VIDEO_SUFFIXES:
+                self.add(match, name)
+            else:
+                _sort_file(path, name, self.found)
+        if not matches:
+            raise UsageError(f"{source}: matches nothing. Check the pattern.")
+        return True
+
+    def _add_remote(self, url: str, name: str, *, is_named: bool) -> None:
+        item = Input(Path(url), name, origin=Remote(url))
+        if is_named or PurePosixPath(name).suffix.lower() in ACCEPTED_SUFFIXES:
+            self.found.images.append(item)
+        else:
+            self.found.skipped.append((item.path, "not a picture by its name"))
+
+    def _add_archive(self, archive: Path, name: str) -> None:
+        try:
+            for inner, member in members(archive):
+                path = archive / inner.lstrip("/")
+                suffix = PurePosixPath(inner).suffix.lower()
+                if suffix not in ACCEPTED_SUFFIXES or PurePosixPath(inner).name.startswith("._"):
+                    self.found.skipped.append((path, "not a picture by its name"))
+                elif not is_safe(inner):
+                    failure = "its name in the archive leads out of it. Rename it."
+                    last = PurePosixPath(inner).name
+                    self.found.images.append(Input(archive / last, f"{name}/{last}", failure))
+                else:
+                    inner = PurePosixPath(inner).as_posix()
+                    self.found.images.append(Input(archive / inner, f"{name}/{inner}", origin=member))
+        except (OSError, tarfile.TarError) as error:
+            failure = f"damaged archive ({' '.join(str(error).split())}). Copy it again."
+            self.found.images.append(Input(archive, name, failure))
+
+    def _add_video(self, path: Path, name: str) -> None:
+        video = Video(path)
+        try:
+            count = video.count
+            if not count:
+                raise ImageError(f"{path}: no frame in it. Copy it again.")
+        except ImageError as error:
+            self.found.images.append(Input(path, name, str(error).removeprefix(f"{path}: ")))
+            return
+        digits = max(6, len(str(count)))
+        for number in range(0, count, self.every):
+            frame = f"{number:0{digits}d}"
+            self.found.images.append(Input(path / frame, f"{name}/{frame}", origin=Frame(video, number)))
+
+
+def _before_wildcard(pattern: Path) -> list[str]:
+    parts = list(pattern.parts)
+    magic = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return parts[:magic]
+
+
+def _listed_name(source: str) -> str:
+    """A listed path as a name below the output: as it stands there, without what leads out of a folder."""
+    parts = [part for part in os.path.normpath(source).split("/") if part not in ("", ".", "..")]
+    return "/".join(parts) or source
 
 
 def check_names_are_distinct(
@@ -82,13 +214,18 @@ def check_names_are_distinct(
                 f"{image.path}: its output {name} is also that of {other.path}. "
                 "Run them apart, or name the folder that holds both."
             )
+    folders: dict[str, Input] = {}  # what is below each, one of it
     for key, image in owners.items():
-        for parent in PurePosixPath(key).parents:
-            if str(parent) in owners:
-                raise UsageError(
-                    f"{image.path}: its output needs a folder where the output of {owners[str(parent)].path} stands. "
-                    "Run them apart."
-                )
+        folder = key.rpartition("/")[0]
+        while folder and folder not in folders:
+            folders[folder] = image
+            folder = folder.rpartition("/")[0]
+    for folder, image in folders.items():
+        if folder in owners:
+            raise UsageError(
+                f"{image.path}: its output needs a folder where the output of {owners[folder].path} stands. "
+                "Run them apart."
+            )
 
 
 def _named_file(path: Path, name: str) -> Input:
@@ -100,7 +237,7 @@ def _named_file(path: Path, name: str) -> Input:
     )
 
 
-def _walk(folder: Path, found: Inputs, output: Path | None) -> None:
+def _walk(folder: Path, found: Inputs, output: Path | None, *, recursive: bool, within_name: str = "") -> None:
     own_pictures = None if output is None else os.path.realpath(output / PICTURES_FOLDER)
 
     def note_unreadable(error: OSError) -> None:
@@ -112,7 +249,11 @@ def _walk(folder: Path, found: Inputs, output: Path | None) -> None:
         here = Path(current)
         within = here.relative_to(folder).as_posix()
         prefix = "" if within == "." else within + "/"
+        prefix = f"{within_name}/{prefix}" if within_name else prefix
         folders.sort()
+        if not recursive:
+            found.skipped += [(here / name, "folder (not searched with --no-recursive)") for name in folders]
+            folders.clear()
         has_results = all(name in files for name in RESULT_FILES)
         for name in list(folders):
             if (here / name).is_symlink():
@@ -139,6 +280,8 @@ def _sort_file(path: Path, name: str, found: Inputs) -> None:
     elif suffix in REFUSED_SUFFIXES:
         failure = f"format not accepted ({suffix[1:]}). Convert it to one of {ACCEPTED_TYPES}."
         found.images.append(Input(path, name, failure))
+    elif suffix == ARCHIVE_SUFFIX or suffix in VIDEO_SUFFIXES:
+        found.skipped.append((path, "an archive or a video in a folder. Name it, or give a pattern"))
     else:
         found.skipped.append((path, "not a picture by its name"))
 

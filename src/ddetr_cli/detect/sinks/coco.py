@@ -76,6 +76,8 @@ class CocoSink:
         }
         if result.failure is not None:
             record["failed"] = result.failure
+        if result.truncated:
+            record["truncated"] = True
         self._images.write(self._separator + to_json(record))
         self._separator = b",\n"
         self._rows.add(result, None)

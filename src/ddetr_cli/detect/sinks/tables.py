@@ -53,6 +53,8 @@ class JsonLinesSink:
             ]
         if result.dropped:
             record["dropped"] = result.dropped
+        if result.truncated:
+            record["truncated"] = True
         self._target.write(to_json(record) + b"\n")
 
     def finish(self) -> None:
