@@ -19,7 +19,7 @@ def handed_down(monkeypatch: pytest.MonkeyPatch) -> list[TrainOptions]:
     """The options that reach the library, which does not train."""
     seen: list[TrainOptions] = []
 
-    def record(options: TrainOptions, progress: object, stop: object) -> TrainResult:
+    def record(options: TrainOptions, progress: object, stop: object, draw: object) -> TrainResult:
         seen.append(options)
         return TrainResult(options.output / "best.safetensors", 3, 0.5)
 
@@ -128,11 +128,19 @@ def test_quiet_leaves_warnings_only(
 ) -> None:
     val: dict[str, float | None] = {"AP": 0.25, "AP50": 0.5, "APs": None, "APm": 0.25, "APl": 0.25}
 
-    def talk(options: TrainOptions, progress: Progress, stop: object) -> TrainResult:
+    def talk(options: TrainOptions, progress: Progress, stop: object, draw: object) -> TrainResult:
         progress.note("downloading")
         progress.warn("no val split")
         progress.step(1, 1, 1, 2.0)
-        progress.epoch({"epoch": 1, "loss": 2.0, "images_per_second": 3.0, "skipped_steps": 1, "val": val})
+        row = {
+            "epoch": 1,
+            "loss": 2.0,
+            "images_per_second": 3.0,
+            "skipped_steps": 1,
+            "bottleneck": "device",
+            "val": val,
+        }
+        progress.epoch(row)
         return TrainResult(options.output / "best.safetensors", 1, None)
 
     monkeypatch.setattr(train_run, "run_training", talk)
@@ -194,7 +202,7 @@ def test_a_signal_that_arrives_twice_at_once_is_one_request_where_a_grace_is_giv
 def test_a_run_that_was_stopped_names_the_command_to_go_on_with_and_its_exit_code(
     number: str, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped(options: TrainOptions, progress: Progress, stop: StopSignals) -> TrainResult:
+    def stopped(options: TrainOptions, progress: Progress, stop: StopSignals, draw: object) -> TrainResult:
         with stop:
             os.kill(os.getpid(), getattr(signal, number))
         return TrainResult(options.output / "best.safetensors", 0, None, stopped=True)

@@ -78,7 +78,11 @@ class Watcher:
         self.warnings: list[str] = []
         self.rows: list[dict[str, Any]] = []
         self.losses: list[float] = []
+        self.paces: list[Any] = []
         self.stop_after = stop_after
+
+    def pace(self, pace: Any) -> None:
+        self.paces.append(pace)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -19,7 +19,7 @@ from ddetr_cli.weights import tensorfile
 from ddetr_cli.weights.checkpoint import digest
 
 pytestmark = pytest.mark.slow
-TIMES = {"seconds", "wait_seconds", "images_per_second"}
+TIMES = {"seconds", "wait_seconds", "images_per_second", "bottleneck"}
 # Kills the process where it is about to rename a file for the n-th time.
 IN_RENAME = """
 import itertools, os, signal

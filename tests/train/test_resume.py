@@ -22,7 +22,7 @@ from ddetr_cli.weights.checkpoint import digest
 
 pytestmark = pytest.mark.usefixtures("nano")
 Options = Callable[..., TrainOptions]
-TIMES = {"seconds", "wait_seconds", "images_per_second"}
+TIMES = {"seconds", "wait_seconds", "images_per_second", "bottleneck"}
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -6,14 +6,14 @@ import math
 import os
 import shlex
 import signal
-import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
 import typer
 
 from ddetr_cli.cli import console
+from ddetr_cli.cli.training import TrainingProgress
 from ddetr_cli.errors import DatasetError, UsageError
 from ddetr_cli.presets import PRESETS
 from ddetr_cli.train.options import TRAINABLE, TrainOptions, check_trainable
@@ -205,7 +205,7 @@ def train(
             "--resume",
             metavar="RUN",
             help="Go on with this run from its newest checkpoint, with the options it was started with. --device, "
-            "--workers, --cache, --checkpoint-activations, --keep and --save-every may be others.",
+            "--workers, --cache, --checkpoint-activations, --tensorboard, --keep and --save-every may be others.",
         ),
     ] = None,
     override: Annotated[
@@ -227,12 +227,17 @@ def train(
     keep: Annotated[
         int, RUN("--keep", min=1, metavar="N", help="Checkpoints kept to go on from, besides the best model.")
     ] = 2,
+    tensorboard: Annotated[
+        bool,
+        RUN("--tensorboard", help="Also write RUN/tensorboard (needs pip install 'ddetr-cli[tensorboard]')."),
+    ] = False,
     quiet: Annotated[bool, RUN("--quiet", "-q", help="Only warnings and errors.")] = False,
 ) -> None:
     """Train a detector on your own classes, and validate it after every epoch.
 
-    RUN/best.safetensors is the model with the best validation AP; --model RUN takes it everywhere. Without a val
-    split every tenth training image is held out. A test split is never touched.
+    RUN/best.safetensors is the model with the best validation AP; --model RUN takes it everywhere. RUN/curves.png and
+    RUN/pictures show how it goes. Without a val split every tenth training image is held out. A test split is never
+    touched.
     """
     if preset is not None and preset not in PRESETS:
         raise typer.BadParameter(f"{preset!r}: unknown. Choose one of {', '.join(TRAINABLE)}.", param_hint="--preset")
@@ -287,6 +292,7 @@ def train(
         workers=workers,
         cache=cache,
         checkpoint_activations=checkpoint_activations,
+        tensorboard=tensorboard,
         skip_bad_annotations=skip_bad_annotations,
         skip_missing=skip_missing,
         max_bad=max_bad,
@@ -303,6 +309,7 @@ def train(
     elif override:
         raise UsageError("--override: of use with --resume only. Add it, or leave this out.")
 
+    from ddetr_cli.detect.drawing import draw_detections
     from ddetr_cli.inference.threads import use_available_cores
     from ddetr_cli.train.run import run_training
 
@@ -310,8 +317,8 @@ def train(
     quiet = quiet or os.environ.get("RANK", "0") != "0"  # of the processes of torchrun one talks
     # torchrun passes on a signal that all its processes may have got already: that is no second one.
     stop = console.StopSignals(STOP_SIGNALS, grace=5.0 if "RANK" in os.environ else 0.0)
-    with _TerminalProgress(quiet=quiet) as progress:
-        result = run_training(options, progress, stop)
+    with TrainingProgress(quiet=quiet) as progress:
+        result = run_training(options, progress, stop, draw_detections)
     if result.stopped:
         if os.environ.get("RANK", "0") == "0":
             console.say(f"saved. Go on with: ddetr train --resume {shlex.quote(str(options.output))}")
@@ -345,61 +352,3 @@ def _check(options: TrainOptions, json_file: Path | None, *, quiet: bool) -> Non
         )
     if not quiet:
         console.say("this data set can be trained on")
-
-
-class _TerminalProgress:
-    """A bar for each epoch on a terminal, one line for each epoch everywhere."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: console.Progress | None = None
-        self._start = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._close()
-
-    def note(self, text: str) -> None:
-        """One line, not said when quiet."""
-        if not self._quiet:
-            console.say(text)
-
-    def warn(self, text: str) -> None:
-        """One line, said in any case."""
-        console.say_warning(text)
-
-    def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
-        """Advance the epoch's bar."""
-        if step == 1:
-            self._bar = console.Progress(steps, unit="steps", description=f"epoch {epoch}", quiet=self._quiet)
-            self._bar.__enter__()
-        if self._bar is not None:
-            self._bar.advance()
-        if step == steps:
-            self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.__exit__()
-            self._bar = None
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        """One line with the epoch's loss and validation numbers."""
-        if self._quiet:
-            return
-        parts = [
-            f"epoch {row['epoch']}",
-            f"loss {row.get('loss', math.nan):.3f}",
-            f"{row['images_per_second']:.1f} images/s",
-        ]
-        if row["skipped_steps"]:
-            parts.append(f"{row['skipped_steps']} steps skipped (loss not finite)")
-        if "val" in row:
-            parts += [
-                f"{name} {'n/a' if row['val'][name] is None else format(row['val'][name], '.3f')}"
-                for name in ("AP", "AP50", "APs", "APm", "APl")
-            ]
-        minutes = (time.monotonic() - self._start) / 60
-        console.say(", ".join([*parts, f"{minutes:.1f} min"]))

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.errors import DatasetError, DdetrError, DeviceError, DivergedError
 from ddetr_cli.evaluate.mapping import ClassMapping
+from ddetr_cli.evaluate.run import ImageResult
 from ddetr_cli.model.detector import DetectionModel
 from ddetr_cli.train.checkpoints import Checkpoints, megabytes
 from ddetr_cli.train.dataset import Batch, TrainingSet, gigabytes
@@ -23,6 +24,7 @@ from ddetr_cli.train.loader import open_batches, usable_workers
 from ddetr_cli.train.loop import Progress, StepResult, Trainer
 from ddetr_cli.train.memory import available_bytes
 from ddetr_cli.train.options import TrainOptions
+from ddetr_cli.train.pace import Pacemaker
 from ddetr_cli.train.recipe import rate_factor
 from ddetr_cli.train.run_state import (
     BEST,
@@ -37,6 +39,7 @@ from ddetr_cli.train.sampler import BatchSampler
 from ddetr_cli.train.snapshot import restore, snapshot, snapshot_bytes
 from ddetr_cli.train.splits import Split
 from ddetr_cli.train.validation import InMemoryModel, validate
+from ddetr_cli.train.views import Views
 from ddetr_cli.weights import save_checkpoint
 
 # Pictures of an epoch that the padding is told of: a tenth of a second.
@@ -113,6 +116,8 @@ class Epochs:
             processes=self.ranks.count,
             index=self.ranks.index,
         )
+        self.views: Views | None = None
+        self._pace = Pacemaker(self.recipe.epochs, self.options.eval_every, trainer.device.type)
         self._unreadable: dict[int, str] = {}  # by this process since the last agreement
         self._saved_at = time.monotonic()
 
@@ -178,7 +183,11 @@ class Epochs:
                     return False
                 factor = rate_factor(self.recipe, state.epoch * steps + state.step, steps)
                 result = self.trainer.step(parts, factor=factor, num_boxes=num_boxes)
-                self._count(parts, result, time.perf_counter() - start, arrived - start)
+                seconds = time.perf_counter() - start
+                self._count(parts, result, seconds, arrived - start)
+                images = sum(len(part.targets) for part in parts) * self.ranks.count
+                self._pace.step(images, seconds, arrived - start, result.device_seconds)
+                self.progress.pace(self._pace.now(state.epoch, state.step, steps))
                 self.progress.step(state.epoch + 1, state.step, steps, result.loss)
                 if self.ranks.is_main and time.monotonic() - self._saved_at >= 60 * self.options.save_every:
                     self._save()
@@ -220,6 +229,7 @@ class Epochs:
         sums.pixels += sum(part.pixels[:, 0].numel() for part in parts)
         sums.seconds += seconds
         sums.wait_seconds += waited
+        sums.device_seconds += result.device_seconds
         if not result.terms:
             sums.skipped += 1
             return
@@ -236,9 +246,14 @@ class Epochs:
             # Of the epoch's last step, which a resumed run may not have taken itself.
             "learning_rate": self.trainer.base_rates[0] * rate_factor(self.recipe, epoch * steps - 1, steps),
             **state.sums.row(),
+            "bottleneck": self._pace.bottleneck(
+                state.sums.seconds, state.sums.wait_seconds, state.sums.device_seconds
+            ),
         }
         if state.unreadable:
             row["unreadable_images"] = len(state.unreadable)
+        results: tuple[ImageResult, ...] = ()
+        start = time.perf_counter()
         with self._averaged():
             if epoch == self.recipe.epochs or epoch % self.options.eval_every == 0:
                 found = validate(
@@ -253,14 +268,18 @@ class Epochs:
                 if found is None:
                     return False
                 row["val"] = found.metrics.to_json(per_class=True)
+                results = found.results
                 self._judge(found.metrics.overall["AP"], epoch)
             self._save_model(LAST, epoch)
         # In this order: after a kill in between, resuming drops the line and repeats the end of the epoch.
         if self.ranks.is_main:
             append_metrics(self.output, row)
+        self._pace.end_of_epoch(time.perf_counter() - start, is_validated=bool(row.get("val")))
         state.epoch, state.step, state.sums = epoch, 0, EpochSums()
         self._save()
         self.progress.epoch(row)
+        if self.views is not None:
+            self.views.epoch(row, results, is_last=self._is_done())
         return True
 
     def _judge(self, ap: float | None, epoch: int) -> None:

@@ -6,6 +6,7 @@ Library code: what happens is told to a ``Progress``, never printed.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,8 +26,25 @@ from ddetr_cli.train.recipe import AveragedWeights, Recipe
 MAX_BAD_STEPS = 10  # steps in a row without a finite loss and gradient before a run counts as diverged
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast a run is at the moment, and what holds it up.
+
+    ``seconds_left`` of the whole run, validations included, is None until there is something to reckon with.
+    ``bottleneck`` is ``data``: steps wait for pictures; ``host``: the device waits for Python; or ``device``.
+    """
+
+    epochs: int
+    images_per_second: float
+    seconds_left: float | None
+    bottleneck: str
+
+
 class Progress(Protocol):
     """What a run tells whoever watches it."""
+
+    def pace(self, pace: Pace) -> None:
+        """Before each step is told of."""
 
     def note(self, text: str) -> None:
         """Something worth one line that is as it should be."""
@@ -47,6 +65,7 @@ class StepResult:
 
     loss: float
     terms: dict[str, float]
+    device_seconds: float = 0.0  # for which the host waited for the device at the end of the step
 
 
 class Trainer:
@@ -107,13 +126,15 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
             self.ranks.mean_(values)
             # The one copy to the host; the norm is that of the averaged gradient, the same for all processes.
+            start = time.perf_counter()
             *numbers, norm_value = torch.cat((values, norm.detach().to(values).reshape(1))).tolist()
+            waited = time.perf_counter() - start
             loss = numbers[0] if math.isfinite(norm_value) else math.nan
             if not math.isfinite(loss):
                 put_back()
         if not math.isfinite(loss):
             self._skip()
-            return StepResult(loss, {})
+            return StepResult(loss, {}, waited)
         self.is_between_steps = False
         self.optimizer.step()
         self._average_statistics()
@@ -122,7 +143,7 @@ class Trainer:
         self.steps_done += 1
         self.bad_in_a_row = 0
         self.is_between_steps = True
-        return StepResult(loss, dict(zip(names, numbers[1:], strict=True)))
+        return StepResult(loss, dict(zip(names, numbers[1:], strict=True)), waited)
 
     def _gradients(self, parts: Sequence[Batch], num_boxes: float) -> tuple[list[str], Tensor]:
         """Sum the gradients of all parts; returns the names of the terms, and the total loss with the terms."""

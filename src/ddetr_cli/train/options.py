@@ -13,7 +13,9 @@ from ddetr_cli.presets import FASTER_RCNN, PRESETS, ModelConfig
 
 CONFIG = "config.json"
 # Options of a run that --resume may change freely, because no number of the model depends on them ...
-FREE_ON_RESUME = frozenset({"device", "workers", "keep", "save_every", "cache", "checkpoint_activations"})
+FREE_ON_RESUME = frozenset(
+    {"device", "workers", "keep", "save_every", "cache", "checkpoint_activations", "tensorboard"}
+)
 # ... and those that it may change with --override.
 OVERRIDABLE = frozenset(
     {
@@ -60,6 +62,7 @@ class TrainOptions:
     workers: int | None = None
     cache: bool = False
     checkpoint_activations: bool = False
+    tensorboard: bool = False
     skip_bad_annotations: bool = False
     skip_missing: bool = False
     max_bad: float = 0.05

@@ -20,31 +20,39 @@ from ddetr_cli.train.criterion import Criterion
 from ddetr_cli.train.distributed import Ranks, device_name, open_ranks
 from ddetr_cli.train.epochs import Epochs, NeverStop, StopRequest, TrainResult
 from ddetr_cli.train.fingerprint import differences, fingerprint
-from ddetr_cli.train.loop import Progress, Trainer
+from ddetr_cli.train.loop import Pace, Progress, Trainer
 from ddetr_cli.train.memory import checkpoint_activations
 from ddetr_cli.train.options import CONFIG, TrainOptions, not_a_run, read_config
 from ddetr_cli.train.recipe import Recipe, freeze_parameters, parameter_groups
 from ddetr_cli.train.run_state import clear_run, open_run
 from ddetr_cli.train.splits import Split, crowded_images, read_splits
 from ddetr_cli.train.start import resumed_recipe, starting_model, starting_recipe
+from ddetr_cli.train.views import DrawBoxes, Views, check_tensorboard
 
 
 class _Silent:
     """What all processes but the main one say."""
 
+    def pace(self, pace: Pace) -> None: ...
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
     def step(self, epoch: int, step: int, steps: int, loss: float) -> None: ...
     def epoch(self, row: dict[str, Any]) -> None: ...
 
 
-def run_training(options: TrainOptions, progress: Progress, stop: StopRequest | None = None) -> TrainResult:
+def run_training(
+    options: TrainOptions, progress: Progress, stop: StopRequest | None = None, draw: DrawBoxes | None = None
+) -> TrainResult:
     """Train as ``options`` say, writing checkpoints and metrics under ``options.output``.
+
+    With ``draw`` there are curves and validation pictures too.
 
     Where ``stop`` asks to, the run saves and returns after the step it is at. Started by torchrun in several
     processes, each of them calls this. Raises UsageError, DatasetError, CheckpointError, OutputError, DeviceError or
     DivergedError; everything up to the newest checkpoint stays.
     """
+    if options.tensorboard:
+        check_tensorboard()
     device = resolve_device(device_name(options.device), on_notice=progress.warn)
     with ExitStack() as stack:
         ranks = stack.enter_context(open_ranks(device))
@@ -55,6 +63,9 @@ def run_training(options: TrainOptions, progress: Progress, stop: StopRequest | 
         ranks.from_main(None)  # nobody reads what the main process may have refused
         try:
             epochs = _prepare(options, progress, stop or NeverStop(), device, ranks)
+            if ranks.is_main:
+                epochs.views = Views(options.output, epochs.val, draw, progress.warn, tensorboard=options.tensorboard)
+                stack.callback(epochs.views.close)
             with epochs.stop:
                 return epochs.run()
         except torch.OutOfMemoryError as error:

@@ -3,6 +3,7 @@
 RUN/config.json       model, classes, recipe, data, options and versions: everything needed to read the run later
 RUN/metrics.jsonl     one line an epoch
 RUN/best.safetensors  the model with the best validation AP; RUN/last.safetensors that of the newest finished epoch
+RUN/curves.png, RUN/pictures/, RUN/tensorboard/  see ``views``
 RUN/checkpoints/      the states to go on from, see ``checkpoints``
 RUN/diverged.safetensors  the state in which a training diverged
 RUN/.lock             held while a training writes here
@@ -24,6 +25,7 @@ from ddetr_cli.train.options import CONFIG
 
 BEST, LAST, METRICS, DIVERGED = "best.safetensors", "last.safetensors", "metrics.jsonl", "diverged.safetensors"
 CHECKPOINTS = "checkpoints"
+CURVES, PICTURES, TENSORBOARD = "curves.png", "pictures", "tensorboard"
 
 
 @dataclass
@@ -35,7 +37,8 @@ class EpochSums:
     skipped: int = 0
     images: int = 0
     seconds: float = 0.0
-    wait_seconds: float = 0.0  # of these: for pictures to arrive
+    wait_seconds: float = 0.0  # of these: for pictures to arrive ...
+    device_seconds: float = 0.0  # ... and for the device to finish
     own_pixels: int = 0  # of the main process' pictures ...
     pixels: int = 0  # ... and with padding
 
@@ -97,8 +100,11 @@ def open_run(run: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
 
 def clear_run(run: Path) -> None:
     """Remove what an earlier training wrote into RUN, and nothing else. Raises OutputError."""
-    written = [run / name for name in (BEST, LAST, METRICS, CONFIG, DIVERGED)]
-    for path in [*written, *(run / CHECKPOINTS).glob("step-*.safetensors")]:
+    written = [run / name for name in (BEST, LAST, METRICS, CONFIG, DIVERGED, CURVES)]
+    written += (run / CHECKPOINTS).glob("step-*.safetensors")
+    written += (run / PICTURES).glob("epoch_*.jpg")
+    written += (run / TENSORBOARD).glob("events.out.*")
+    for path in written:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
