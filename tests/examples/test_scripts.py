@@ -159,7 +159,35 @@ def test_train_on_scenes_ends_with_the_scores_of_a_trained_model(environment: di
     assert {"AP", "AP50", "per_class"} <= set(json.loads((work / "scores" / "metrics.json").read_text()))
 
 
-@pytest.mark.parametrize("name", ["detect_folder.sh", "train_on_scenes.sh", "boxes_to_csv.py", "find_objects.py"])
+@pytest.mark.slow
+def test_convergence_trains_both_methods_alike_and_draws_what_their_metrics_say(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'ddetr-cli[plots]'")
+    work = tmp_path / "work"
+    options = ["--epochs", "1", "--image-size", "64", "--device", "cpu"]
+    done = run([EXAMPLES / "convergence.sh", work, *options], environment, TRAIN="4", VAL="2")
+    assert done.returncode == 0, done.stderr
+    with Image.open(work / "convergence.png") as picture:
+        assert picture.width > 2 * picture.height
+    *_, heading, ours, theirs, path = done.stdout.splitlines()
+    assert heading.split()[:3] == ["preset", "epochs", "AP"] and path == str(work / "convergence.png")
+    for line, preset in ((ours, "tiny-plain"), (theirs, "detr-tiny")):
+        row = json.loads((work / preset / "metrics.jsonl").read_text())
+        assert line.split()[:3] == [preset, "1", f"{row['val']['AP']:.3f}"]
+    recipes = [
+        json.loads((work / preset / "config.json").read_text())["recipe"] for preset in ("tiny-plain", "detr-tiny")
+    ]
+    assert recipes[0] == recipes[1]
+
+    again = run([EXAMPLES / "convergence.sh", work, *options], environment, TRAIN="4", VAL="2")
+    assert again.returncode == 0 and "Nothing is left to train" in again.stderr
+    assert again.stdout.splitlines()[-3:-1] == [ours, theirs]
+
+
+@pytest.mark.parametrize(
+    "name", ["detect_folder.sh", "train_on_scenes.sh", "convergence.sh", "boxes_to_csv.py", "find_objects.py"]
+)
 def test_an_example_without_arguments_says_how_it_is_used(name: str, environment: dict[str, str]) -> None:
     script = EXAMPLES / name
     done = run([script] if name.endswith(".sh") else ["python3", script], environment)
