@@ -264,8 +264,8 @@ def detect(
         from ddetr_cli.detect.reading import read_input
         from ddetr_cli.detect.run import detect_images
         from ddetr_cli.detect.sinks.assemble import make_sinks, make_stream_sink
-        from ddetr_cli.inference.tiles import Tiling
         from ddetr_cli.detect.sinks.sheet import THUMBNAIL_PX
+        from ddetr_cli.inference.tiles import Tiling
 
         loaded, predictor = open_predictor(
             model,
