@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from ddetr_cli.evaluate.table import DetectionTable
 
 
+DATA, RESULTS = (partial(typer.Option, rich_help_panel=title) for title in ("Data", "Results"))
+
 _MAY_BE_EMPTY = 0.1  # of the images with objects; more without any detection look like a run that was cut short
 
 
@@ -52,7 +55,7 @@ def evaluate(
     ] = None,
     predictions: Annotated[
         list[Path] | None,
-        typer.Option(
+        RESULTS(
             "--predictions",
             metavar="FILE",
             help="Score this COCO results file, not a model. Give it again for each part of one result.",
@@ -60,7 +63,7 @@ def evaluate(
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(
+        DATA(
             "--split",
             show_default="val2017, val, valid or the only one",
             help="Which annotation file of DATA, by name.",
@@ -68,7 +71,7 @@ def evaluate(
     ] = None,
     images: Annotated[
         list[Path] | None,
-        typer.Option(
+        DATA(
             "--images",
             metavar="PATH",
             help="A folder: where the images are, instead of DATA's own. A text file: which of them to use, one name "
@@ -77,11 +80,11 @@ def evaluate(
     ] = None,
     annotations: Annotated[
         Path | None,
-        typer.Option("--annotations", metavar="FILE", help="Annotation file, instead of one found in DATA."),
+        DATA("--annotations", metavar="FILE", help="Annotation file, instead of one found in DATA."),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
+        RESULTS(
             "--output",
             "-o",
             metavar="DIR",
@@ -90,9 +93,9 @@ def evaluate(
     ] = None,
     evaluator: Annotated[
         Literal["fast", "pycocotools"],
-        typer.Option("--evaluator", help="Who computes the numbers; both give the same, to the last bit."),
+        RESULTS("--evaluator", help="Who computes the numbers; both give the same, to the last bit."),
     ] = "fast",
-    per_class: Annotated[bool, typer.Option("--per-class", help="Also show the numbers of every category.")] = False,
+    per_class: Annotated[bool, RESULTS("--per-class", help="Also show the numbers of every category.")] = False,
     image_size: ImageSize = None,
     precision: Precision = "fp32",
     preprocess: Preprocess = "original",
@@ -101,24 +104,22 @@ def evaluate(
     device: Device = "auto",
     map_missing: Annotated[
         Literal["error", "drop"],
-        typer.Option("--map-missing", help="A predicted class the data set does not have: stop, or leave it out."),
+        DATA("--map-missing", help="A predicted class the data set does not have: stop, or leave it out."),
     ] = "error",
     skip_bad_annotations: Annotated[
-        bool, typer.Option("--skip-bad-annotations", help="Leave out annotations that are refused otherwise.")
+        bool, DATA("--skip-bad-annotations", help="Leave out annotations that are refused otherwise.")
     ] = False,
     max_bad: Annotated[
         float,
-        typer.Option("--max-bad", min=0, max=1, help="The share of all that may be left out; more is refused."),
+        DATA("--max-bad", min=0, max=1, help="The share of all that may be left out; more is refused."),
     ] = 0.05,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Use only the first N images of the data set.")
-    ] = None,
+    limit: Annotated[int | None, DATA("--limit", min=1, help="Use only the first N images of the data set.")] = None,
     allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Score results that leave out many of the images.")
+        bool, DATA("--allow-partial", help="Score results that leave out many of the images.")
     ] = False,
     bootstrap: Annotated[
         int | None,
-        typer.Option(
+        RESULTS(
             "--bootstrap",
             min=10,
             metavar="N",
@@ -127,7 +128,7 @@ def evaluate(
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(
+        RESULTS(
             "--compare",
             metavar="A B",
             help="Two results files, or --output folders of two runs, side by side: what changed from A to B.",
@@ -135,9 +136,9 @@ def evaluate(
     ] = None,
     report: Annotated[
         bool,
-        typer.Option("--report", help="Also write report.html, a page that needs no network, and plots/*.png."),
+        RESULTS("--report", help="Also write report.html, a page that needs no network, and plots/*.png."),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into an existing --output.")] = False,
+    overwrite: Annotated[bool, RESULTS("--overwrite", help="Write into an existing --output.")] = False,
 ) -> None:
     """Score a model, or a results file, on a data set in COCO format: AP and AR as pycocotools computes them."""
     predictions = predictions or []

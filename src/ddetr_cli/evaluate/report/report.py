@@ -26,9 +26,9 @@ def write_report(run: Evaluated, output: Path, now: datetime) -> Path:
         figures.precision_recall_by_class(run),
         figures.precision_recall_by_size(run),
         figures.ap_by_size(by_size(run.ground_truth, run.table)),
-        figures.calibration(calibrate(run.matches, run.mistakes)),
-        figures.confusion(run),
         figures.mistakes([(run.name, run.mistakes)]),
+        figures.confusion(run),
+        figures.calibration(calibrate(run.matches, run.mistakes)),
     ]
     write_plots(plots, output)
     verdicts = run.verdicts
