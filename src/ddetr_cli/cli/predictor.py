@@ -5,12 +5,13 @@ Each option is one annotated type, so that both commands take it under one name,
 
 from __future__ import annotations
 
+import resource
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ddetr_cli.cli import console
-from ddetr_cli.errors import UsageError
+from ddetr_cli.errors import DeviceError, UsageError
 from ddetr_cli.presets import LARGEST_IMAGE_SIZE, SMALLEST_IMAGE_SIZE
 
 if TYPE_CHECKING:
@@ -59,8 +60,23 @@ Preset = Annotated[
 ]
 
 
+# What the libraries of PyTorch map, with some to work in; below, they fail in ways nobody understands.
+_LEAST_ADDRESS_SPACE = 4_000_000_000
+
+
+def check_address_space() -> None:
+    """Raise DeviceError where the process may not have the address space (ulimit -v) that PyTorch takes."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY and soft < _LEAST_ADDRESS_SPACE:
+        raise DeviceError(
+            f"memory: limited to {soft / 1e9:.1f} GB of address space (ulimit -v), too little for PyTorch. "
+            f"Raise it to {_LEAST_ADDRESS_SPACE / 1e9:.0f} GB or more."
+        )
+
+
 def check_model_options(model: str, *, device: str, preset: str | None) -> None:
     """Raise UsageError for values that cannot mean anything, before anything heavy is imported."""
+    check_address_space()
     if not model:
         raise UsageError("--model: empty. Give a file, 'demo', a preset or a hub id.")
     from ddetr_cli.inference.device import check_device_name

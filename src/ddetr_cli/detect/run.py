@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from ddetr_cli.detect.ids import assign_image_ids
 from ddetr_cli.detect.reading import WINDOW_BYTES, Numbered, Read, Reader, defect, picture_nbytes, windows
 from ddetr_cli.errors import DdetrError, DeviceError
-from ddetr_cli.inference.ahead import helper_threads
+from ddetr_cli.inference.ahead import HelperPool, helper_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +114,7 @@ def detect_images(
     ids = assign_image_ids([item.name for item in inputs])
     device_error: DeviceError | None = None
     threads = workers or helper_threads(predictor.device.type)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="ddetr")
+    pool = HelperPool(threads, thread_name_prefix="ddetr")
     keeper = _Keeper(pool, sinks, on_result, inputs, ids, positions, journal)
     keeps_pictures = any(sink.render is not None for sink in sinks)
     reader = Reader(predictor, max_pixels, keeps_pictures, draft, allow_truncated)

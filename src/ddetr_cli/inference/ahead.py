@@ -7,14 +7,15 @@ does not import torch.
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddetr_cli.inference.threads import available_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from concurrent.futures import Executor, Future
+    from concurrent.futures import Executor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,6 +29,24 @@ _BESIDE_GPU = 16
 def helper_threads(device_type: str) -> int:
     """How many threads should work beside a model on this type of device."""
     return _BESIDE_CPU if device_type == "cpu" else max(_BESIDE_CPU, min(_BESIDE_GPU, available_cores()))
+
+
+class HelperPool(ThreadPoolExecutor):
+    """Threads, or where the system gives no more of them (``ulimit -u``) the calling one, at once and in turn."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As ThreadPoolExecutor's."""
+        try:
+            return super().submit(fn, *args, **kwargs)
+        except RuntimeError as error:
+            if "start new thread" not in str(error):
+                raise
+        done: Future[Any] = Future()
+        try:
+            done.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
 def map_ahead(
