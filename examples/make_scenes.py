@@ -1,6 +1,6 @@
 """Write synthetic scenes with exact boxes, as a COCO data set, to train and try ddetr without any download.
 
-    python examples/make_scenes.py OUT --count N --seed S [--split NAME]
+    python examples/make_scenes.py OUT --count N --seed S [--split NAME] [--scale N]
 
 writes ``OUT/images/scene-S-*.jpg`` and ``OUT/annotations/NAME.json``. A scene is decided by its seed and its index
 alone: give every split another seed, or they share pictures. Needs Pillow and numpy only. What it does not do:
@@ -295,10 +295,13 @@ class Layers:
         return True
 
 
-def make_scene(seed: int, index: int) -> Scene:
-    """The scene number ``index`` of ``seed``; the same two numbers give the same scene."""
+def make_scene(seed: int, index: int, scale: int = 1) -> Scene:
+    """The scene number ``index`` of ``seed``; the same numbers give the same scene.
+
+    One of ``scale`` N is N times as wide and high and holds N times N times as many objects.
+    """
     rng = np.random.default_rng((seed, index))
-    long_side = int(rng.integers(288, 385))
+    long_side = scale * int(rng.integers(288, 385))
     short_side = round(long_side / float(rng.choice((1.0, 1.2, 4 / 3, 4 / 3, 1.5))))
     width, height = (long_side, short_side) if rng.random() < 0.65 else (short_side, long_side)
     canvas = paint_background(width, height, rng)
@@ -310,7 +313,7 @@ def make_scene(seed: int, index: int) -> Scene:
         rng.uniform(SMALLEST_PX, SMALL_PX)
         if rng.random() < SMALL_SHARE
         else SMALL_PX * (largest / SMALL_PX) ** rng.random()
-        for _ in range(int(rng.integers(3, 15)))
+        for _ in range(scale**2 * int(rng.integers(3, 15)))
     ]
     # Mostly the large ones at the back, so that small ones stay visible, but not always.
     sizes.sort(key=lambda size: -size * rng.uniform(0.5, 2.0))
@@ -335,14 +338,14 @@ def make_scene(seed: int, index: int) -> Scene:
     return Scene(image, tuple(shapes), quality=int(rng.integers(75, 95)))
 
 
-def write_dataset(out: Path, count: int, seed: int, split: str) -> Path:
+def write_dataset(out: Path, count: int, seed: int, split: str, scale: int = 1) -> Path:
     """Write ``count`` scenes under ``out`` and return the path of their COCO annotations."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "annotations").mkdir(exist_ok=True)
     images: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
     for index in range(1, count + 1):
-        scene = make_scene(seed, index)
+        scene = make_scene(seed, index, scale)
         name = f"scene-{seed}-{index:05d}.jpg"
         scene.image.save(out / "images" / name, quality=scene.quality)
         images.append({"id": index, "file_name": name, "width": scene.image.width, "height": scene.image.height})
@@ -378,10 +381,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=100, help="how many scenes (default 100)")
     parser.add_argument("--seed", type=int, default=1, help="another seed, other scenes (default 1)")
     parser.add_argument("--split", default="val", help="name of the annotation file (default val)")
+    parser.add_argument(
+        "--scale", type=int, default=1, help="4: scenes of four times the sides, with 16 times the objects"
+    )
     options = parser.parse_args(arguments)
-    if options.count < 1 or options.seed < 0:
-        parser.error("--count must be at least 1 and --seed at least 0")
-    print(write_dataset(options.out, options.count, options.seed, options.split))
+    if options.count < 1 or options.seed < 0 or options.scale < 1:
+        parser.error("--count and --scale must be at least 1 and --seed at least 0")
+    print(write_dataset(options.out, options.count, options.seed, options.split, options.scale))
     return 0
 
 

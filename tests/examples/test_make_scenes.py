@@ -46,6 +46,13 @@ def test_the_same_seed_and_index_give_the_same_scene(scenes: ModuleType) -> None
     assert first.image.tobytes() != other.image.tobytes()
 
 
+def test_a_scene_of_scale_3_has_more_objects_on_more_room_and_small_ones_stay_small(scenes: ModuleType) -> None:
+    scene = scenes.make_scene(5, 9, 3)
+    assert 3 * 288 <= max(scene.image.size) <= 3 * 384
+    assert 15 < len(scene.shapes) <= 9 * 14
+    assert min(longer_sides(scene)) < 32
+
+
 def test_boxes_fit_the_drawn_shapes_to_a_pixel(scenes: ModuleType, many: list[Any]) -> None:
     for scene in many[:20]:
         width, height = scene.image.size
