@@ -7,7 +7,7 @@ import torch
 
 from ddetr_cli.model.detector import DetectorOutput
 from ddetr_cli.model.faster_rcnn import SuppressedOutput
-from ddetr_cli.model.postprocess import decode, postprocess, postprocess_softmax
+from ddetr_cli.model.postprocess import copy_at_once, decode, postprocess, postprocess_softmax
 from ddetr_cli.presets import DEFORMABLE_DETR, DETR, FASTER_RCNN
 
 
@@ -124,3 +124,13 @@ def test_each_family_is_decoded_its_own_way_to_float32():
     assert found.boxes_xyxy_px.tolist() == [[0.0, 10.0, 10.0, 40.0]]
     assert len(nothing.scores) == len(nothing.labels) == len(nothing.boxes_xyxy_px) == 0
     assert all(row.scores.dtype == row.boxes_xyxy_px.dtype == torch.float32 for row in rows.values())
+
+
+def test_detections_copied_at_once_are_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 20, 91, generator=generator)
+    rows = postprocess(logits, torch.rand(3, 20, 4, generator=generator), [(480, 640), (8192, 20000), (3, 5)])
+    for copied, row in zip(copy_at_once(rows), rows, strict=True):
+        for name in ("scores", "labels", "boxes_xyxy_px"):
+            assert torch.equal(getattr(copied, name), getattr(row, name))
+            assert getattr(copied, name).dtype == getattr(row, name).dtype

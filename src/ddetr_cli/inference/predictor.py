@@ -24,6 +24,7 @@ from ddetr_cli.errors import DeviceError, UsageError
 from ddetr_cli.inference.ahead import helper_threads, map_ahead
 from ddetr_cli.inference.device import resolve_device
 from ddetr_cli.inference.fast import accelerate, best_precision
+from ddetr_cli.inference.graphs import accelerate_on_gpu
 from ddetr_cli.inference.preparation import Preparation, Prepared, Preprocess
 from ddetr_cli.model.postprocess import decode
 from ddetr_cli.presets import LARGEST_IMAGE_SIZE, SMALLEST_IMAGE_SIZE
@@ -108,7 +109,7 @@ class Predictor:
         if precision == "auto":
             precision = best_precision(self._model) if on_cpu else "fp32"
         self.precision = precision
-        self._fast = accelerate(self._model, precision) if on_cpu else None
+        self._fast = accelerate(self._model, precision) if on_cpu else accelerate_on_gpu(self._model, precision)
         self._on_notice = on_notice
         self._has_told_of_memory = False
 
@@ -196,10 +197,13 @@ class Predictor:
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> DetectorOutput | SuppressedOutput:
         """What the model says of normalised pixels (B,3,h,w) without padding, in the precision and on the device."""
+        if self.device.type == "cuda" and pixels.device.type == "cpu":
+            pixels = pixels.pin_memory()  # the copy then runs beside the device's work
+        pixels = pixels.to(self.device, non_blocking=True)
         if self._fast is not None:
             return self._fast(pixels)
         with self._autocast():
-            out: DetectorOutput | SuppressedOutput = self._model(pixels.to(self.device), None)
+            out: DetectorOutput | SuppressedOutput = self._model(pixels, None)
         return out
 
     @torch.inference_mode()

@@ -111,7 +111,7 @@ class MultiHeadAttention(nn.Module):
             # The CPU's fused attention takes five times as long backward in bf16 as in fp32 (100 queries, 8 x 16).
             with torch.autocast("cpu", enabled=False):
                 q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, key, value))
-                mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+                mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout).to(query.dtype)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]

@@ -37,14 +37,21 @@ def decode(
 ) -> list[Detections]:
     """Detections on the CPU in float32, from what a model of ``family`` returned for images of these (h, w)."""
     if isinstance(output, DetectorOutput):
-        logits, boxes_cxcywh = output.logits.float().cpu(), output.boxes_cxcywh.float().cpu()
-        return (postprocess_softmax if family == DETR else postprocess)(logits, boxes_cxcywh, sizes_hw)
+        choose = postprocess_softmax if family == DETR else postprocess
+        rows = choose(output.logits.float(), output.boxes_cxcywh.float(), sizes_hw)
+        return rows if output.logits.device.type == "cpu" else copy_at_once(rows)
     boxes = [
         _to_pixels(relative.float().cpu()[None], [size_hw])[0]
         for relative, size_hw in zip(output.boxes_xyxy, sizes_hw, strict=True)
     ]
     scores, labels = [row.float().cpu() for row in output.scores], [row.cpu() for row in output.labels]
     return [Detections(*image) for image in zip(scores, labels, boxes, strict=True)]
+
+
+def copy_at_once(rows: Sequence[Detections]) -> list[Detections]:
+    """``rows``, as many in every image, on the CPU by one copy: every copy from a GPU waits for all of its work."""
+    columns = [torch.cat([r.scores[:, None], r.labels[:, None].float(), r.boxes_xyxy_px], dim=1) for r in rows]
+    return [Detections(image[:, 0], image[:, 1].long(), image[:, 2:]) for image in torch.stack(columns).cpu()]
 
 
 def postprocess(logits: Tensor, boxes_cxcywh: Tensor, sizes_hw: Sizes, top: int = 100) -> list[Detections]:
