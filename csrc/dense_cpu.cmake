@@ -22,6 +22,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$" AND CMAKE_SIZEOF_VOID
   if(DDETR_COMPILER_HAS_AMX)
     add_dense_kernels(bf16_avx512 ${avx512} -mavx512bf16 -DDDETR_ENGINE_BF16)
     add_dense_kernels(bf16_amx ${avx512} ${bf16} -DDDETR_ENGINE_AMX)
+    add_dense_kernels(f32_amx ${avx512} ${bf16} -DDDETR_ENGINE_SPLIT)
     target_compile_definitions(ddetr_cpu PRIVATE DDETR_HAVE_AMX)
   endif()
 endif()

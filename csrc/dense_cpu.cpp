@@ -20,6 +20,8 @@ const DenseKernels* kernels_of(int32_t engine) {
             return &ddetr_dense_bf16_avx512;
         case DDETR_ENGINE_BF16_AMX:
             return &ddetr_dense_bf16_amx;
+        case DDETR_ENGINE_F32_AMX:
+            return &ddetr_dense_f32_amx;
 #endif
 #endif
         default:
@@ -75,7 +77,9 @@ int32_t run(const DenseKernels* kernels, const DenseLayer<Layer>& steps, const L
 
 int64_t scratch_of(const DenseKernels& kernels, int64_t channels, int64_t hidden) {
     const ddetr_engine_form& form = kernels.form;
-    return form.block_rows * (channels * (4 + form.element_bytes) + hidden * form.element_bytes);
+    const int64_t split_bytes = form.weight_bytes > form.element_bytes ? form.weight_bytes : 0;
+    return form.block_rows * (channels * (4 + form.element_bytes) + hidden * form.element_bytes +
+                              (channels > hidden ? channels : hidden) * split_bytes);
 }
 
 const DenseKernels* kernels_for(const ddetr_crew* crew) {
@@ -87,14 +91,18 @@ const DenseKernels* kernels_for(const ddetr_crew* crew) {
 int32_t ddetr_dense_engine(int32_t dtype, int32_t isa) {
 #ifdef DDETR_HAVE_X86_ISAS
     const int32_t best = ddetr_cpu_isa(isa);
-    if (dtype == DDETR_DTYPE_F32 && best == DDETR_ISA_AVX512) return DDETR_ENGINE_F32_AVX512;
-    if (dtype == DDETR_DTYPE_F32 && best == DDETR_ISA_AVX2) return DDETR_ENGINE_F32_AVX2;
+    bool has_tiles = false;
 #ifdef DDETR_HAVE_AMX
-    if (dtype == DDETR_DTYPE_BF16 && best == DDETR_ISA_AVX512 && __builtin_cpu_supports("avx512bf16")) {
-        const bool amx = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
-        return amx ? DDETR_ENGINE_BF16_AMX : DDETR_ENGINE_BF16_AVX512;
+    if (best == DDETR_ISA_AVX512) {
+        has_tiles = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+        if (dtype == DDETR_DTYPE_BF16 && __builtin_cpu_supports("avx512bf16")) {
+            return has_tiles ? DDETR_ENGINE_BF16_AMX : DDETR_ENGINE_BF16_AVX512;
+        }
     }
 #endif
+    if (dtype == DDETR_DTYPE_F32 && has_tiles) return DDETR_ENGINE_F32_AMX;
+    if (dtype == DDETR_DTYPE_F32 && best == DDETR_ISA_AVX512) return DDETR_ENGINE_F32_AVX512;
+    if (dtype == DDETR_DTYPE_F32 && best == DDETR_ISA_AVX2) return DDETR_ENGINE_F32_AVX2;
 #endif
     return dtype == DDETR_DTYPE_F32 || dtype == DDETR_DTYPE_BF16 ? DDETR_ERROR_ISA : DDETR_ERROR_DTYPE;
 }
@@ -121,7 +129,12 @@ int32_t ddetr_dense_product(const ddetr_product* product, const ddetr_crew* crew
         return DDETR_ERROR_DIMS;
     }
     if (p.lines == 0 || p.width == 0) return DDETR_OK;
-    return run(kernels, kernels->product, p, *crew);
+    ddetr_crew all = *crew;
+    if (all.scratch_bytes < kernels->form.block_rows * p.depth * kernels->form.weight_bytes) {
+        all.scratch = nullptr;
+        all.scratch_bytes = 0;
+    }
+    return run(kernels, kernels->product, p, all);
 }
 
 int32_t ddetr_dense_attention_inputs(const ddetr_attention_inputs* layer, const ddetr_crew* crew) {

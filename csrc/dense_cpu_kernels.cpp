@@ -9,6 +9,7 @@
 namespace {
 
 using T = Engine::Element;
+using Weight = Engine::Weight;
 constexpr int64_t kPanel = Engine::kPanel, kTileRows = Engine::kTileRows;
 constexpr int64_t kChunkTiles = 128 / kTileRows, kBlockRows = kChunkTiles * kTileRows;
 
@@ -61,16 +62,29 @@ DDETR_INLINE void finish_row(const float* sums, const float* bias, const Added* 
     }
 }
 
-// Multiplies `count` rows from `input` on with all panels; finish(panel, row, its sums) for each.
-template <typename Finish>
-DDETR_INLINE void multiply_rows(const T* input, int64_t row_step, int64_t count, const T* packed, int64_t depth,
-                                int64_t columns, Finish finish) {
+// Multiplies `count` rows from `input` on with all panels; finish(panel, row, its sums) for each. An engine that
+// splits its rows does so once, into `split`.
+template <typename E = Engine, typename Finish>
+DDETR_INLINE void multiply_rows(const T* input, int64_t row_step, int64_t count, const Weight* packed, int64_t depth,
+                                int64_t columns, void* split, Finish finish) {
     alignas(64) float sums[kTileRows * kPanel];
+    char* split_rows = static_cast<char*>(split);
+    const int64_t split_bytes = depth * E::kSplitBytes;  // of a row
+    if constexpr (E::kSplitBytes > 0) {
+        for (int64_t row = 0; row < count; row += kTileRows) {
+            E::split(input + row * row_step, row_step, smaller(kTileRows, count - row), depth,
+                     split_rows + row * split_bytes);
+        }
+    }
     for (int64_t column = 0; column < columns; column += kPanel) {
-        const T* panel = packed + column * depth;
+        const Weight* panel = packed + column * depth;
         for (int64_t row = 0; row < count; row += kTileRows) {
             const int64_t rows = smaller(kTileRows, count - row);
-            Engine::tile({input + row * row_step, row_step, 1, 1, 0, 0, depth}, panel, rows, sums);
+            if constexpr (E::kSplitBytes > 0) {
+                E::tile_of_split(split_rows + row * split_bytes, depth, panel, rows, sums);
+            } else {
+                E::tile({input + row * row_step, row_step, 1, 1, 0, 0, depth}, panel, rows, sums);
+            }
             for (int64_t r = 0; r < rows; ++r) finish(column, row + r, sums + r * kPanel);
         }
     }
@@ -127,7 +141,9 @@ DDETR_INLINE void finish_tile(const ddetr_product& p, const Cut& cut, int64_t li
     }
 }
 
-void run_product(const ddetr_product& p, int64_t item, void*) {
+// An engine that splits its rows does so once for all panels where `slot` has room for them; it is null where not.
+template <typename E = Engine>
+void run_product(const ddetr_product& p, int64_t item, void* slot) {
     alignas(64) float sums[kTileRows * kPanel];
     const Cut cut(p);
     const int64_t tile_begin = item / cut.groups * kChunkTiles;
@@ -136,20 +152,38 @@ void run_product(const ddetr_product& p, int64_t item, void*) {
     const int64_t column_end = smaller(column_begin + cut.panels_per_group * kPanel, p.columns);
     const int64_t depth = p.taps_y * p.taps_x * p.depth;
     const T* input = static_cast<const T*>(p.input);
-    for (int64_t column = column_begin; column < column_end; column += kPanel) {
-        const T* panel = static_cast<const T*>(p.packed) + column * depth;
+    char* split_rows = p.taps_y * p.taps_x == 1 ? static_cast<char*>(slot) : nullptr;
+    const int64_t split_bytes = kTileRows * depth * E::kSplitBytes;  // of a tile
+    const auto visit_tiles = [&](const auto& visit) {
         for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
             const int64_t line = tile / cut.tiles_per_line, first = tile % cut.tiles_per_line * kTileRows;
-            const int64_t count = smaller(kTileRows, cut.width - first);
-            const T* at = input + line * p.input_line + first * p.input_pixel;
-            Engine::tile({at, p.input_pixel, p.taps_y, p.taps_x, p.tap_line, p.tap_pixel, p.depth}, panel, count,
-                         sums);
+            visit(line, first, smaller(kTileRows, cut.width - first),
+                  input + line * p.input_line + first * p.input_pixel, (tile - tile_begin) * split_bytes);
+        }
+    };
+    if constexpr (E::kSplitBytes > 0) {
+        if (split_rows != nullptr) {
+            visit_tiles([&](int64_t, int64_t, int64_t count, const T* at, int64_t split) {
+                E::split(at, p.input_pixel, count, depth, split_rows + split);
+            });
+        }
+    }
+    for (int64_t column = column_begin; column < column_end; column += kPanel) {
+        const Weight* panel = static_cast<const Weight*>(p.packed) + column * depth;
+        visit_tiles([&](int64_t line, int64_t first, int64_t count, const T* at, int64_t split) {
+            if constexpr (E::kSplitBytes > 0) {
+                if (split_rows != nullptr) E::tile_of_split(split_rows + split, depth, panel, count, sums);
+            }
+            if (E::kSplitBytes == 0 || split_rows == nullptr) {
+                E::tile({at, p.input_pixel, p.taps_y, p.taps_x, p.tap_line, p.tap_pixel, p.depth}, panel, count,
+                        sums);
+            }
             if (p.output_is_float) {
                 finish_tile<float>(p, cut, line, first, count, column, sums);
             } else {
                 finish_tile<T>(p, cut, line, first, count, column, sums);
             }
-        }
+        });
     }
 }
 
@@ -208,17 +242,19 @@ void run_attention_inputs(const ddetr_attention_inputs& layer, int64_t item, voi
     const int64_t begin = item * kBlockRows, count = smaller(kBlockRows, count_rows(layer) - begin);
     const int64_t channels = layer.channels;
     T* queries = static_cast<T*>(slot);
+    void* split = queries + kBlockRows * channels;
     add_positions(layer, begin, begin + count, queries);
-    multiply_rows(
-        static_cast<const T*>(layer.x) + begin * channels, channels, count, static_cast<const T*>(layer.packed_value),
-        channels, channels, [&](int64_t column, int64_t row, const float* sums) {
-            T* to = static_cast<T*>(layer.value) + column / layer.value_group * layer.value_output_group +
-                    column % layer.value_group + (begin + row) * layer.value_pixel;
-            finish_row(sums, layer.value_bias + column, kNothing, false, to, smaller(kPanel, channels - column));
-        });
-    const int64_t columns = layer.projected_columns;
-    multiply_rows(queries, channels, count, static_cast<const T*>(layer.packed_projection), channels, columns,
+    multiply_rows(static_cast<const T*>(layer.x) + begin * channels, channels, count,
+                  static_cast<const Weight*>(layer.packed_value), channels, channels, split,
                   [&](int64_t column, int64_t row, const float* sums) {
+                      T* to = static_cast<T*>(layer.value) + column / layer.value_group * layer.value_output_group +
+                              column % layer.value_group + (begin + row) * layer.value_pixel;
+                      finish_row(sums, layer.value_bias + column, kNothing, false, to,
+                                 smaller(kPanel, channels - column));
+                  });
+    const int64_t columns = layer.projected_columns;
+    multiply_rows(queries, channels, count, static_cast<const Weight*>(layer.packed_projection), channels, columns,
+                  split, [&](int64_t column, int64_t row, const float* sums) {
                       finish_row(sums, layer.projection_bias + column, kNothing, false,
                                  layer.projected + (begin + row) * columns + column,
                                  smaller(kPanel, columns - column));
@@ -255,9 +291,10 @@ void run_feed_forward_of(const ddetr_feed_forward& layer, int64_t item, void* sl
     float* y = static_cast<float*>(slot);
     T* y_elements = reinterpret_cast<T*>(y + kBlockRows * channels);
     T* hidden = y_elements + kBlockRows * channels;
+    void* split = hidden + kBlockRows * hidden_channels;
     const X* x = static_cast<const X*>(layer.x) + begin * channels;
     multiply_rows(static_cast<const T*>(layer.sampled) + begin * channels, channels, count,
-                  static_cast<const T*>(layer.packed_output), channels, channels,
+                  static_cast<const Weight*>(layer.packed_output), channels, channels, split,
                   [&](int64_t column, int64_t row, const float* sums) {
                       finish_row(sums, layer.output_bias + column, x + row * channels + column, false,
                                  y + row * channels + column, kPanel);
@@ -268,13 +305,13 @@ void run_feed_forward_of(const ddetr_feed_forward& layer, int64_t item, void* sl
         T* to = y_elements + row * channels;
         for (int64_t c = 0; c < channels; c += kLanes<float>) store_element(load(at + c), to + c);
     }
-    multiply_rows(y_elements, channels, count, static_cast<const T*>(layer.packed_1), channels, hidden_channels,
-                  [&](int64_t column, int64_t row, const float* sums) {
+    multiply_rows(y_elements, channels, count, static_cast<const Weight*>(layer.packed_1), channels, hidden_channels,
+                  split, [&](int64_t column, int64_t row, const float* sums) {
                       finish_row(sums, layer.bias_1 + column, kNothing, true, hidden + row * hidden_channels + column,
                                  kPanel);
                   });
-    multiply_rows(hidden, hidden_channels, count, static_cast<const T*>(layer.packed_2), hidden_channels, channels,
-                  [&](int64_t column, int64_t row, const float* sums) {
+    multiply_rows(hidden, hidden_channels, count, static_cast<const Weight*>(layer.packed_2), hidden_channels,
+                  channels, split, [&](int64_t column, int64_t row, const float* sums) {
                       float* at = y + row * channels + column;
                       for (int64_t c = 0; c < kPanel; c += kLanes<float>) {
                           store<float>(load(sums + c) + load(layer.bias_2 + column + c) + load(at + c), at + c);
@@ -376,10 +413,11 @@ void run_max_pool(const PoolRows& job, int64_t line, void*) {
 }  // namespace
 
 extern const DenseKernels DDETR_DENSE_KERNELS = {
-    {kPanel, Engine::kDepthStep > 1 ? 2 : 1, Engine::kDepthStep, kBlockRows, static_cast<int64_t>(sizeof(T))},
+    {kPanel, Engine::kDepthStep > 1 ? 2 : 1, Engine::kDepthStep, kBlockRows, static_cast<int64_t>(sizeof(T)),
+     static_cast<int64_t>(sizeof(Weight))},
     Engine::begin,
     Engine::end,
-    {product_items, run_product},
+    {product_items, run_product<>},
     {attention_inputs_items, run_attention_inputs},
     {feed_forward_items, run_feed_forward},
     {group_norm_items, run_group_statistics},

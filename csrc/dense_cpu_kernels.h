@@ -45,6 +45,7 @@ struct DenseKernels {
 
 #define DDETR_STATISTIC_ROWS 64
 
-extern const DenseKernels ddetr_dense_f32_avx2, ddetr_dense_f32_avx512, ddetr_dense_bf16_avx512, ddetr_dense_bf16_amx;
+extern const DenseKernels ddetr_dense_f32_avx2, ddetr_dense_f32_avx512, ddetr_dense_bf16_avx512, ddetr_dense_bf16_amx,
+    ddetr_dense_f32_amx;
 
 #endif

@@ -1,8 +1,9 @@
 // The innermost loops of libddetr_cpu's dense layers: one tile of a matrix product, rows that step evenly through
-// memory times one packed panel of weights. One of three engines, by the instruction set this is compiled for.
+// memory times one packed panel of weights. One of four engines, by the instruction set this is compiled for.
 //
 // A panel is kPanel columns of the weights, all their taps and channels in the order they are used:
-// [depth][kPanel] floats, or [depth / 2][kPanel][2] bfloat16, the pairs that the dot-product instructions take.
+// [depth][kPanel] floats, or [depth / 2][kPanel][2] bfloat16, the pairs that the dot-product instructions take, or
+// of each 32 rows the parts of DDETR_ENGINE_F32_AMX one after the other: [depth / 32][part][32 / 2][kPanel][2].
 #ifndef DDETR_DENSE_CPU_TILES_H
 #define DDETR_DENSE_CPU_TILES_H
 
@@ -19,13 +20,12 @@ struct Rows {
 };
 
 // The sums of a tile, kPanel floats a row, are written to `sums`.
-#if defined(DDETR_ENGINE_AMX)
+#if defined(DDETR_ENGINE_AMX) || defined(DDETR_ENGINE_SPLIT)
 
-struct Engine {
-    using Element = Bfloat16;
+// The tile registers: 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights.
+struct TileRegisters {
     static constexpr int64_t kPanel = 32, kTileRows = 32, kDepthStep = 32;
 
-    // Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights.
     static void configure(int64_t rows) {
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -43,6 +43,39 @@ struct Engine {
     static void begin() { configure(kTileRows); }
     static void end() { _tile_release(); }
 
+    // GCC's tile intrinsics do not say that they read memory: what was written before must be there by now.
+    static DDETR_INLINE void see_memory() { asm volatile("" ::: "memory"); }
+
+    template <bool kHasLower>
+    static DDETR_INLINE void clear_sums() {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (kHasLower) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    }
+
+    template <bool kHasLower>
+    static DDETR_INLINE void store_sums(float* sums) {
+        _tile_stored(0, sums, kPanel * 4);
+        _tile_stored(1, sums + 16, kPanel * 4);
+        if (kHasLower) {
+            _tile_stored(2, sums + 16 * kPanel, kPanel * 4);
+            _tile_stored(3, sums + 16 * kPanel + 16, kPanel * 4);
+        }
+    }
+};
+
+#endif
+
+#if defined(DDETR_ENGINE_AMX)
+
+struct Engine : TileRegisters {
+    using Element = Bfloat16;
+    using Weight = Bfloat16;
+    static constexpr int64_t kSplitBytes = 0;
+
     static void tile(const Rows<Bfloat16>& rows, const Bfloat16* panel, int64_t count, float* sums) {
         see_memory();
         if (count < kTileRows) configure(count);
@@ -55,15 +88,9 @@ struct Engine {
     }
 
   private:
-    // GCC's tile intrinsics do not say that they read memory: what was written before must be there by now.
-    static DDETR_INLINE void see_memory() { asm volatile("" ::: "memory"); }
-
     static DDETR_INLINE void two_by_two(const Rows<Bfloat16>& rows, const Bfloat16* panel, float* sums) {
         const int64_t step = rows.row_step * 2;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        clear_sums<true>();
         for (int64_t y = 0; y < rows.taps_y; ++y) {
             for (int64_t x = 0; x < rows.taps_x; ++x) {
                 const Bfloat16* upper = rows.first + y * rows.tap_line + x * rows.tap_pixel;
@@ -80,16 +107,12 @@ struct Engine {
                 }
             }
         }
-        _tile_stored(0, sums, kPanel * 4);
-        _tile_stored(1, sums + 16, kPanel * 4);
-        _tile_stored(2, sums + 16 * kPanel, kPanel * 4);
-        _tile_stored(3, sums + 16 * kPanel + 16, kPanel * 4);
+        store_sums<true>(sums);
     }
 
     static DDETR_INLINE void one_by_two(const Rows<Bfloat16>& rows, const Bfloat16* panel, float* sums) {
         const int64_t step = rows.row_step * 2;
-        _tile_zero(0);
-        _tile_zero(1);
+        clear_sums<false>();
         for (int64_t y = 0; y < rows.taps_y; ++y) {
             for (int64_t x = 0; x < rows.taps_x; ++x) {
                 const Bfloat16* upper = rows.first + y * rows.tap_line + x * rows.tap_pixel;
@@ -102,8 +125,126 @@ struct Engine {
                 }
             }
         }
-        _tile_stored(0, sums, kPanel * 4);
-        _tile_stored(1, sums + 16, kPanel * 4);
+        store_sums<false>(sums);
+    }
+};
+
+#elif defined(DDETR_ENGINE_SPLIT)
+
+// Floats as sums of three bfloat16 that lose nothing: a float has 24 digits, each part takes the next eight. Of the
+// nine products of parts the six largest are added up, in float; the others are below the last digit of a product.
+struct SplitWeight {
+    uint16_t parts[3];
+};
+
+struct Engine : TileRegisters {
+    using Element = float;
+    using Weight = SplitWeight;
+    // Of a tile's rows split beforehand: for each 32 numbers their parts, one after the other, all rows of each.
+    static constexpr int64_t kSplitBytes = sizeof(SplitWeight);
+
+    static void split(const float* from, int64_t row_step, int64_t rows, int64_t depth, void* to) {
+        for (int64_t row = 0; row < rows; ++row) split_row(from + row * row_step, depth, row, static_cast<char*>(to));
+    }
+
+    static void tile(const Rows<float>& rows, const SplitWeight* panel, int64_t count, float* sums) {
+        const Step first = {nullptr, reinterpret_cast<const char*>(panel)};
+        multiply(count, sums, [&](const auto& add_steps) {
+            alignas(64) char parts[kSlab * kTileRows * kSplitBytes];
+            Step step = first;
+            for (int64_t y = 0; y < rows.taps_y; ++y) {
+                for (int64_t x = 0; x < rows.taps_x; ++x) {
+                    const float* at = rows.first + y * rows.tap_line + x * rows.tap_pixel;
+                    for (int64_t slab = 0; slab < rows.depth; slab += kSlab) {
+                        const int64_t numbers = rows.depth - slab < kSlab ? rows.depth - slab : kSlab;
+                        split(at + slab, rows.row_step, count, numbers, parts);
+                        step.rows = parts;
+                        add_steps(step, numbers);
+                    }
+                }
+            }
+        });
+    }
+
+    static void tile_of_split(const void* rows, int64_t depth, const SplitWeight* panel, int64_t count, float* sums) {
+        Step step = {static_cast<const char*>(rows), reinterpret_cast<const char*>(panel)};
+        multiply(count, sums, [&](const auto& add_steps) { add_steps(step, depth); });
+    }
+
+  private:
+    static constexpr int64_t kSlab = 128;  // numbers of each row split at once: they stay in the first-level cache
+    static constexpr int64_t kPartBytes = kDepthStep * 32 * 2;
+    static_assert(kPanel == 32 && kTileRows == 32, "parts of rows and weights are equally large");
+
+    // The parts of the next 32 numbers.
+    struct Step {
+        const char* rows;
+        const char* weights;
+    };
+
+    static DDETR_INLINE void split_row(const float* from, int64_t numbers, int64_t row, char* to) {
+        const __m512i upper_halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,
+                                                      31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+        to += row * kDepthStep * 2;
+        for (int64_t k = 0; k < numbers; k += kDepthStep) {
+            FloatVec low = load(from + k), high = load(from + k + 16);
+#pragma GCC unroll 3
+            for (int part = 0; part < 3; ++part, to += kPartBytes) {
+                const __m512i upper =
+                    _mm512_permutex2var_epi16(bits_as<__m512i>(low), upper_halves, bits_as<__m512i>(high));
+                _mm512_storeu_si512(to, upper);
+                low -= bits_as<FloatVec>(bits_as<WordVec>(low) & 0xffff0000u);
+                high -= bits_as<FloatVec>(bits_as<WordVec>(high) & 0xffff0000u);
+            }
+        }
+    }
+
+    // Writes the sums that run(add_steps) has made of its steps.
+    template <typename Run>
+    static DDETR_INLINE void multiply(int64_t count, float* sums, const Run& run) {
+        if (count < kTileRows) configure(count);
+        if (count > 16) {
+            clear_sums<true>();
+            run(add_steps<true>);
+            store_sums<true>(sums);
+        } else {
+            clear_sums<false>();
+            run(add_steps<false>);
+            store_sums<false>(sums);
+        }
+        see_memory();
+        if (count < kTileRows) configure(kTileRows);
+    }
+
+    template <bool kHasLower>
+    static DDETR_NOINLINE void add_steps(Step& step, int64_t depth) {
+        see_memory();
+        for (int64_t k = 0; k < depth; k += kDepthStep) {
+            add_part<kHasLower, 3>(step.rows, step.weights);
+            add_part<kHasLower, 2>(step.rows, step.weights + kPartBytes);
+            add_part<kHasLower, 1>(step.rows, step.weights + 2 * kPartBytes);
+            step.rows += 3 * kPartBytes;
+            step.weights += 3 * kPartBytes;
+        }
+        see_memory();
+    }
+
+    // A part of the weights times the first parts of the rows.
+    template <bool kHasLower, int kRowParts>
+    static DDETR_INLINE void add_part(const char* rows, const char* weights) {
+        _tile_loadd(6, weights, 128);
+        _tile_loadd(7, weights + 64, 128);
+#pragma GCC unroll 3
+        for (int part = 0; part < kRowParts; ++part) {
+            _tile_loadd(4, rows + part * kPartBytes, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (kHasLower) {
+                _tile_loadd(5, rows + part * kPartBytes + kPartBytes / 2, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
     }
 };
 
@@ -119,6 +260,8 @@ constexpr int64_t kPair = 1;
 
 struct Engine {
     using Element = DenseElement;
+    using Weight = DenseElement;
+    static constexpr int64_t kSplitBytes = 0;
     // 24 sums, 2 vectors of weights and one of rows fill AVX-512's 32 registers; 12 sums AVX2's 16.
     static constexpr int64_t kPanel = 2 * kLanes<float>, kTileRows = kVectorBytes == 64 ? 12 : 6, kDepthStep = kPair;
 

@@ -21,6 +21,8 @@ extern "C" {
 #define DDETR_ENGINE_F32_AVX512 1
 #define DDETR_ENGINE_BF16_AVX512 2 /* AVX512_BF16 */
 #define DDETR_ENGINE_BF16_AMX 3    /* AMX_BF16 */
+/* AMX_BF16 on floats split into three bfloat16: as exact as the others, but an infinite number gives NaN */
+#define DDETR_ENGINE_F32_AMX 4
 
 /* What an engine asks of its callers. */
 typedef struct ddetr_engine_form {
@@ -29,6 +31,9 @@ typedef struct ddetr_engine_form {
     int64_t depth_step; /* depths are multiples of it */
     int64_t block_rows; /* rows that the transformer's layers handle at once */
     int64_t element_bytes;
+    int64_t
+        weight_bytes; /* 6: three bfloat16 instead of a float, [rows/depth_step][part][depth_step/pair][panel][pair],
+                         each part the digits that the ones before it have left, cut off and not rounded */
 } ddetr_engine_form;
 
 /* How the work is spread: items are taken one by one by `threads` calls under parallel_for (null: the caller's own

@@ -111,11 +111,14 @@ def engine_numbers() -> Iterator[int]:
     kernels = native.cpu_kernels()
     found = []
     if kernels is not None and hasattr(kernels.library, "ddetr_dense_engine"):
-        names = ["fp32 AVX2", "fp32 AVX-512", "bf16 AVX-512", "bf16 AMX"]
-        best = {dtype: dense_engine(dtype) for dtype in TOLERANCES}
-        for dtype, engines in ((torch.float32, names[:2]), (torch.bfloat16, names[2:])):
-            engine = best[dtype]
-            found += [names.index(name) for name in engines if engine is not None and name <= engine.name]
+        orders = (
+            (torch.float32, ["fp32 AVX2", "fp32 AVX-512", "fp32 AMX"]),
+            (torch.bfloat16, ["bf16 AVX-512", "bf16 AMX"]),
+        )
+        for dtype, names in orders:
+            best = dense_engine(dtype)
+            usable = [] if best is None else names[: names.index(best.name) + 1]
+            found += [dense.ENGINES.index(name) for name in usable]
     yield from found or [-1]
 
 
@@ -277,6 +280,25 @@ def test_a_width_that_the_kernels_do_not_take_is_refused(bench: Bench) -> None:
         bench.engine.group_norm(
             bench.crew, torch.ones(3, 8), 4, norm, norm, 1e-5, torch.empty(16), torch.empty(3, 8)
         )()
+
+
+def test_a_float_is_the_sum_of_its_three_parts() -> None:
+    weights = torch.randn(2, 3, 16, 32, 2) * 10.0 ** torch.randint(-20, 20, (2, 3, 16, 32, 2))
+    parts = dense._in_three_parts(weights)
+    assert parts.dtype == torch.bfloat16
+    assert torch.equal(parts.double().sum(2), weights.double())
+
+
+def test_fp32_products_are_as_exact_as_floats_allow(bench: Bench) -> None:
+    if bench.engine.dtype != torch.float32:
+        pytest.skip("an engine of bfloat16")
+    x, weight = torch.randn(40, 1024), torch.randn(64, 1024)
+    to = torch.empty(40, 64)
+    bench.engine.linear(bench.crew, bench.engine.pack(weight, None), x, to)()
+    exact = x.double() @ weight.double().T
+    sizes = x.double().abs() @ weight.double().abs().T
+    # Of a sum of 1024 products in float: far below the 1024 half units of the last place that are the worst case.
+    assert ((to.double() - exact).abs() / sizes).max().item() <= 4 * 2**-24
 
 
 def test_without_native_kernels_there_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,14 +21,16 @@ from ddetr_cli.ops import native
 
 _POINTER, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
-ENGINES = ("fp32 AVX2", "fp32 AVX-512", "bf16 AVX-512", "bf16 AMX")
+ENGINES = ("fp32 AVX2", "fp32 AVX-512", "bf16 AVX-512", "bf16 AMX", "fp32 AMX")
 _DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 3}
 
 
 class EngineForm(ctypes.Structure):
     """``ddetr_engine_form``."""
 
-    _fields_ = [(name, _I64) for name in ("panel", "pair", "depth_step", "block_rows", "element_bytes")]
+    _fields_ = [
+        (name, _I64) for name in ("panel", "pair", "depth_step", "block_rows", "element_bytes", "weight_bytes")
+    ]
 
 
 class Crew(ctypes.Structure):
@@ -154,6 +156,16 @@ class Packed:
     columns: int
 
 
+def _in_three_parts(weights: Tensor) -> Tensor:
+    """weights (panels,steps,...) as bfloat16 (panels,steps,3,...) whose sum over the parts they are."""
+    parts, rest = [], weights.contiguous()
+    for _ in range(3):
+        part = (rest.view(torch.int32) & -0x10000).view(torch.float32)
+        parts.append(part.to(torch.bfloat16))
+        rest = rest - part
+    return torch.stack(parts, dim=2)
+
+
 class DenseEngine:
     """One engine of the native library: how it wants its weights, and its layers as prepared calls."""
 
@@ -181,8 +193,12 @@ class DenseEngine:
         missing = -depth % form.depth_step
         padded = torch.nn.functional.pad(weight.float(), (0, missing, 0, 0, 0, 0, 0, panels * form.panel - columns))
         rows = taps_y * taps_x * (depth + missing) // form.pair
-        packed = padded.reshape(panels, form.panel, rows, form.pair).permute(0, 2, 1, 3).to(self.dtype)
-        memory = huge_buffer(packed.numel() * form.element_bytes).view(self.dtype)
+        packed = padded.reshape(panels, form.panel, rows, form.pair).permute(0, 2, 1, 3)
+        if form.weight_bytes > form.element_bytes:
+            packed = _in_three_parts(packed.unflatten(1, (-1, form.depth_step // form.pair)))
+        elif self.dtype == torch.bfloat16:
+            packed = packed.to(self.dtype)
+        memory = huge_buffer(packed.numel() * packed.element_size()).view(packed.dtype)
         memory.view(packed.shape).copy_(packed)
         full_bias = torch.zeros(panels * form.panel)
         if bias is not None:
