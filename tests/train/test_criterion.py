@@ -144,3 +144,15 @@ def test_the_costs_of_all_layers_and_proposals_cross_to_the_host_in_one_copy(
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.numel()) or copy(tensor))
     Criterion(case.family)(case.output, case.targets)
     assert len(copies) == 1
+
+
+@pytest.mark.parametrize("size", [(0.0, 0.2), (0.2, 0.0), (0.0, 0.0)])
+def test_a_predicted_box_without_area_has_a_finite_loss_and_gradient(size: tuple[float, float]) -> None:
+    boxes = torch.tensor([[[0.5, 0.5, *size], [0.9, 0.9, 0.1, 0.1]]], requires_grad=True)
+    logits = torch.zeros(1, 2, 3, requires_grad=True)
+    target = Target(torch.tensor([1]), torch.tensor([[0.5, 0.5, 0.1, 0.1]]))
+    total, terms = Criterion(DEFORMABLE_DETR)(DetectorOutput(logits, boxes), [target])
+    total.backward()
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert torch.isfinite(boxes.grad).all() and torch.isfinite(logits.grad).all()
+    assert terms["loss_giou"] >= 1  # no overlap

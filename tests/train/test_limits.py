@@ -1,4 +1,4 @@
-"""Machines that are short of something: a full disk, no shared memory, few open files."""
+"""Machines that are short of something: a full disk, no memory, no shared memory, few open files."""
 
 from __future__ import annotations
 
@@ -69,4 +69,29 @@ def test_few_open_files_cost_the_readers_and_not_the_training(dozen: Path, train
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
     assert trainings.run(arguments(dozen, run, "--workers", "2"), log, before=limit) == 0, log.read_text()
     assert "the limit is 64 (ulimit -n)" in log.read_text()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("allocation", ["torch.zeros(1 << 28)", "numpy.ones(1 << 28)"])
+def test_a_limit_of_memory_ends_the_training_with_what_helps_and_it_goes_on_from_there(
+    allocation: str, dozen: Path, trainings: Any, tmp_path: Path
+) -> None:
+    short = f"""
+import numpy, resource, torch
+from ddetr_cli.train.loop import Trainer
+_plenty = Trainer.step
+def _short(self, *args, **more):
+    if self.steps_done == 4:
+        held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + (64 << 20), resource.RLIM_INFINITY))
+        {allocation}
+    return _plenty(self, *args, **more)
+Trainer.step = _short
+"""
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert trainings.run(arguments(dozen, run), log, before=short) == 8, log.read_text()
+    text = log.read_text()
+    assert "out of memory" in text and "--accumulate N" in text and "Traceback" not in text
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003.safetensors"]
+    assert trainings.run(["train", "--resume", str(run), "--override", "--accumulate", "2"], log) == 0
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2

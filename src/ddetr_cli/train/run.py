@@ -68,7 +68,7 @@ def run_training(
                 stack.callback(epochs.views.close)
             with epochs.stop:
                 return epochs.run()
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError) as error:
             raise _out_of_memory(options, device) from error
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):  # how the CPU allocator says it
