@@ -26,7 +26,8 @@ from ddetr_cli.train.splits import Split
 
 PICTURES_SHOWN = 4
 SHOWN_SCORE = 0.3  # a model that is still learning is unsure of what it finds
-LARGEST_SIDE = 800
+# The longer side of a picture shown; small ones are enlarged, or the names would cover all there is to see.
+SHOWN_SIDE, MOST_ENLARGED = 800, 3.0
 
 
 class DrawBoxes(Protocol):
@@ -116,7 +117,7 @@ class Views:
         step = max(1, len(results) // PICTURES_SHOWN)
         for result in results[::step][:PICTURES_SHOWN]:
             picture = read_dataset_image(self.val.images, result.image)
-            scale = min(1.0, LARGEST_SIDE / max(picture.size))
+            scale = min(MOST_ENLARGED, SHOWN_SIDE / max(picture.size))
             picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
             shown = [d for d in result.detections if d.score >= SHOWN_SCORE]
             boxes = [(scale * x, scale * y, scale * (x + w), scale * (y + h)) for x, y, w, h in
