@@ -5,52 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ENTRY = "import sys; from ddetr_cli.cli.app import main; sys.exit(main())"
 
-QUERIES, CLASSES = 6, ("circle", "square")
+QUERIES, CLASSES = 6, ("circle", "square")  # of the model
 ROWS_PER_IMAGE = QUERIES * len(CLASSES)
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment whose ``ddetr`` and ``python3`` are those under test, installed or not."""
-    folder = tmp_path_factory.mktemp("bin")
-    for name, arguments in (("ddetr", f"-c '{ENTRY}'"), ("python3", ""), ("python", "")):
-        script = folder / name
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
-        script.chmod(0o755)
-    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained detector of two classes: at threshold 0 it finds a known number of things in any picture."""
-    from ddetr_cli.classes import ClassTable
-    from ddetr_cli.model.detector import build_detector
-    from ddetr_cli.presets import get_preset
-    from ddetr_cli.weights import save_checkpoint
-
-    path = tmp_path_factory.mktemp("model") / "untrained.safetensors"
-    config = get_preset("tiny", classes=len(CLASSES), queries=QUERIES, image_size=64)
-    save_checkpoint(path, build_detector(config), ClassTable((1, 2), CLASSES))
-    return path
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (80, 60), (90, 120, 150)).save(folder / name)
-    return folder
 
 
 def run(command: list[str | Path], environment: dict[str, str], **more: str) -> subprocess.CompletedProcess[str]:
@@ -212,6 +175,9 @@ def test_every_example_is_in_the_table_of_the_readme() -> None:
     files = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")}
     assert all(f"`{name}`" in readme for name in files)
     assert files == {
+        "detect_batch.sh",
+        "detect_ray.py",
+        "detect_torchrun.sh",
         "make_scenes.py",
         "detect_folder.sh",
         "count_objects.py",
