@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 from ddetr_cli.bench.options import CARD, SCALING, BenchOptions
-from ddetr_cli.bench.plots import check_plots, plot_sections
+from ddetr_cli.bench.plots import plot_sections
 from ddetr_cli.bench.run import run_bench
-from ddetr_cli.errors import UsageError
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -30,9 +29,3 @@ def test_a_measurement_is_drawn(measurement: str, tmp_path: Path, monkeypatch: p
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
     plot_sections(sections, tmp_path / "drawn.svg")
     assert "<svg" in (tmp_path / "drawn.svg").read_text()
-
-
-def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"matplotlib is not installed\. Run pip install 'ddetr-cli\[plots\]'"):
-        check_plots()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddetr_cli.errors import KernelError
-from ddetr_cli.ops import dense, native
+from ddetr_cli.ops import dense, dense_abi, native
 from ddetr_cli.ops.dense import DenseEngine, Map, dense_engine
 
 C_TYPES = {
@@ -27,12 +27,12 @@ C_TYPES = {
     "const void*": ctypes.c_void_p,
     "void*": ctypes.c_void_p,
     "const int64_t*": ctypes.c_void_p,
-    "ddetr_engine_form*": ctypes.POINTER(dense.EngineForm),
-    "const ddetr_product*": ctypes.POINTER(dense.Product),
-    "const ddetr_attention_inputs*": ctypes.POINTER(dense.AttentionInputs),
-    "const ddetr_feed_forward*": ctypes.POINTER(dense.FeedForward),
-    "const ddetr_group_norm*": ctypes.POINTER(dense.GroupNorm),
-    "const ddetr_crew*": ctypes.POINTER(dense.Crew),
+    "ddetr_engine_form*": ctypes.POINTER(dense_abi.EngineForm),
+    "const ddetr_product*": ctypes.POINTER(dense_abi.Product),
+    "const ddetr_attention_inputs*": ctypes.POINTER(dense_abi.AttentionInputs),
+    "const ddetr_feed_forward*": ctypes.POINTER(dense_abi.FeedForward),
+    "const ddetr_group_norm*": ctypes.POINTER(dense_abi.GroupNorm),
+    "const ddetr_crew*": ctypes.POINTER(dense_abi.Crew),
 }
 
 # Sums of products of numbers of order 1, a few hundred of them; bfloat16 keeps 8 bits of each.
@@ -50,18 +50,18 @@ def test_every_prototype_of_the_header_is_declared_alike_in_python(header: str) 
     for result, name, arguments in re.findall(r"DDETR_API\s+([\w\s*]+?)\s*\b(ddetr_\w+)\(([^)]*)\);", header):
         types = [a.strip().rpartition(" ")[0] for a in arguments.split(",")]
         found[name] = (C_TYPES[result], [C_TYPES[t] for t in types])
-    assert found == dense.PROTOTYPES
+    assert found == dense_abi.PROTOTYPES
 
 
 @pytest.mark.parametrize(
     ("name", "structure"),
     [
-        ("engine_form", dense.EngineForm),
-        ("crew", dense.Crew),
-        ("product", dense.Product),
-        ("attention_inputs", dense.AttentionInputs),
-        ("feed_forward", dense.FeedForward),
-        ("group_norm", dense.GroupNorm),
+        ("engine_form", dense_abi.EngineForm),
+        ("crew", dense_abi.Crew),
+        ("product", dense_abi.Product),
+        ("attention_inputs", dense_abi.AttentionInputs),
+        ("feed_forward", dense_abi.FeedForward),
+        ("group_norm", dense_abi.GroupNorm),
     ],
 )
 def test_every_struct_has_the_fields_of_the_header(header: str, name: str, structure: type[ctypes.Structure]) -> None:
@@ -80,7 +80,7 @@ class Bench:
     """An engine, two threads of it, and memory that is kept alive."""
 
     engine: DenseEngine
-    crew: dense.Crew
+    crew: dense_abi.Crew
     kept: list[Tensor]
 
     @property

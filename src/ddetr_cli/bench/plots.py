@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,21 +10,14 @@ from typing import TYPE_CHECKING, Any
 from ddetr_cli.bench.card import CardSection
 from ddetr_cli.bench.scaling import AREA, LEVELS, QUERIES, Curve, ScalingSection
 from ddetr_cli.bench.tables import Section
-from ddetr_cli.errors import UsageError
+from ddetr_cli.plots import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-# Okabe and Ito's, which colour-blind eyes tell apart; the markers differ too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
+# Beside the colours, for eyes and printers that do not tell them apart.
 MARKERS = "osD^vPX*"
-
-
-def check_plots() -> None:
-    """Raise UsageError where nothing can be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot: matplotlib is not installed. Run pip install 'ddetr-cli[plots]', or leave it out.")
 
 
 def plot_sections(sections: Sequence[Section], path: Path) -> None:

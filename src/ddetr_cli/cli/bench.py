@@ -223,9 +223,9 @@ def _check_plot(plot: Path, drawn: list[str]) -> None:
         raise UsageError(f"--plot {plot}: not a kind of picture that can be drawn. Name it .png, .svg or .pdf.")
     if plot.is_dir() or not plot.absolute().parent.is_dir():
         raise OutputError(f"{plot}: cannot be written (no such folder, or it is one). Choose another file.")
-    from ddetr_cli.bench.plots import check_plots
+    from ddetr_cli.plots import check_plots
 
-    check_plots()
+    check_plots("--plot")
 
 
 def _compare(reports: tuple[Path, Path], json_file: Path | None) -> None:

@@ -1,8 +1,7 @@
 """The native dense layers of CPU inference: engines, packed weights, buffers, and calls prepared once.
 
-``csrc/include/ddetr_dense.h`` is the boundary; ``PROTOTYPES`` and the structures repeat it, and a test compares them.
-Beside ``native`` the only file with pointers. A prepared call keeps its tensors alive, but a ``Map`` is an address:
-whoever prepares calls on maps keeps their memory.
+``csrc/include/ddetr_dense.h`` is the boundary, ``dense_abi`` its image in ctypes. A prepared call keeps its tensors
+alive, but a ``Map`` is an address: whoever prepares calls on maps keeps their memory.
 """
 
 from __future__ import annotations
@@ -18,96 +17,20 @@ from torch import Tensor
 
 from ddetr_cli.errors import KernelError
 from ddetr_cli.ops import native
-
-_POINTER, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+from ddetr_cli.ops.dense_abi import (
+    I64,
+    POINTER,
+    PROTOTYPES,
+    AttentionInputs,
+    Crew,
+    EngineForm,
+    FeedForward,
+    GroupNorm,
+    Product,
+)
 
 ENGINES = ("fp32 AVX2", "fp32 AVX-512", "bf16 AVX-512", "bf16 AMX", "fp32 AMX")
 _DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 3}
-
-
-class EngineForm(ctypes.Structure):
-    """``ddetr_engine_form``."""
-
-    _fields_ = [
-        (name, _I64) for name in ("panel", "pair", "depth_step", "block_rows", "element_bytes", "weight_bytes")
-    ]
-
-
-class Crew(ctypes.Structure):
-    """``ddetr_crew``."""
-
-    _fields_ = [
-        ("engine", _I32),
-        ("threads", _I32),
-        ("parallel_for", _POINTER),
-        ("scratch", _POINTER),
-        ("scratch_bytes", _I64),
-    ]
-
-
-class Product(ctypes.Structure):
-    """``ddetr_product``."""
-
-    _fields_ = [
-        *[(name, _I64) for name in ("lines", "width", "taps_y", "taps_x", "depth")],
-        *[(name, _I64) for name in ("input_line", "input_pixel", "tap_line", "tap_pixel", "columns")],
-        *[(name, _I64) for name in ("output_line", "output_pixel", "added_line", "added_pixel")],
-        *[(name, _I64) for name in ("group", "output_group")],
-        *[(name, _I32) for name in ("relu", "output_is_float")],
-        *[(name, _POINTER) for name in ("input", "packed", "bias", "added", "output")],
-    ]
-
-
-class AttentionInputs(ctypes.Structure):
-    """``ddetr_attention_inputs``."""
-
-    _fields_ = [
-        ("levels", _I64),
-        ("level_hw", _POINTER),
-        *[(name, _I64) for name in ("channels", "value_group", "value_output_group", "value_pixel")],
-        ("projected_columns", _I64),
-        *[(name, _POINTER) for name in ("x", "line_positions", "column_positions", "packed_value", "value_bias")],
-        *[(name, _POINTER) for name in ("packed_projection", "projection_bias", "value", "projected")],
-    ]
-
-
-class FeedForward(ctypes.Structure):
-    """``ddetr_feed_forward``."""
-
-    _fields_ = [
-        *[(name, _I64) for name in ("rows", "channels", "hidden")],
-        ("epsilon", _F32),
-        ("is_float", _I32),
-        *[(name, _POINTER) for name in ("sampled", "x", "output", "packed_output", "packed_1", "packed_2")],
-        *[(name, _POINTER) for name in ("output_bias", "bias_1", "bias_2")],
-        *[(name, _POINTER) for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias")],
-    ]
-
-
-class GroupNorm(ctypes.Structure):
-    """``ddetr_group_norm``."""
-
-    _fields_ = [
-        *[(name, _I64) for name in ("rows", "channels", "groups")],
-        ("epsilon", _F32),
-        *[(name, _POINTER) for name in ("input", "weight", "bias", "output")],
-    ]
-
-
-_CREW = ctypes.POINTER(Crew)
-
-# function: (result, arguments)
-PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
-    "ddetr_dense_engine": (_I32, [_I32, _I32]),
-    "ddetr_dense_engine_form": (_I32, [_I32, ctypes.POINTER(EngineForm)]),
-    "ddetr_dense_product": (_I32, [ctypes.POINTER(Product), _CREW]),
-    "ddetr_dense_scratch_bytes": (_I64, [_I32, _I64, _I64]),
-    "ddetr_dense_attention_inputs": (_I32, [ctypes.POINTER(AttentionInputs), _CREW]),
-    "ddetr_dense_feed_forward": (_I32, [ctypes.POINTER(FeedForward), _CREW]),
-    "ddetr_dense_group_norm": (_I32, [ctypes.POINTER(GroupNorm), _POINTER, _CREW]),
-    "ddetr_dense_pixels": (_I32, [_POINTER, _I64, _I64, _POINTER, _I64, _CREW]),
-    "ddetr_dense_max_pool": (_I32, [_POINTER, _I64, _I64, _I64, _I64, _POINTER, _I64, _CREW]),
-}
 
 
 # ---- memory ----
@@ -315,10 +238,10 @@ class DenseEngine:
     ) -> Callable[[], None]:
         """value_to (heads,S,C/heads) and projected_to (S,N) of x (S,C); positions of lines and of columns (.,C/2)."""
         rows, channels = x.shape
-        sizes = (_I64 * len(level_hw))(*level_hw)
+        sizes = (I64 * len(level_hw))(*level_hw)
         layer = AttentionInputs(
             levels=len(level_hw) // 2,
-            level_hw=ctypes.cast(sizes, _POINTER),
+            level_hw=ctypes.cast(sizes, POINTER),
             channels=channels,
             value_group=channels // heads,
             value_output_group=rows * channels // heads,

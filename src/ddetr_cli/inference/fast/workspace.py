@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ddetr_cli.ops.dense import Crew, DenseEngine, Map, huge_buffer
+from ddetr_cli.ops.dense import DenseEngine, Map, huge_buffer
+from ddetr_cli.ops.dense_abi import Crew
 
 _ALIGNMENT = 4096
 
