@@ -63,12 +63,12 @@ def test_a_terminal_shows_one_live_line_and_the_epochs_above_it(monkeypatch: pyt
     assert console.is_interactive()
     with TrainingProgress(quiet=False) as progress:
         progress.pace(Pace(40, 12.34, None, "host"))
-        progress.step(2, 25, 150, 3.14159)
+        progress.step(2, 1, 150, 3.14159)
         progress.warn("[odd] names stay as they are")
         progress.epoch(_row())
         progress.step(3, 1, 150, 3.0)
     text = terminal.getvalue()
-    assert "25/150" in text and "loss 3.142" in text and "waiting for Python" in text
+    assert "1/150" in text and "loss 3.142" in text and "waiting for Python" in text
     assert "ddetr: warning: [odd] names stay as they are" in text
     assert "epoch 2 of 40, loss 1.234" in text
     assert text.rindex("\x1b[2K") > text.index("epoch 2 of 40, loss")  # the live line is taken away at the end

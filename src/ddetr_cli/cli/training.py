@@ -119,6 +119,9 @@ class TrainingProgress:
                 console=console.rich_console(),
                 transient=True,
                 refresh_per_second=4,
+                # The console looks sys.stderr up at every write: redirected, it would write to itself.
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             self._task = self._live.add_task("", total=steps, state="")
             self._live.start()
@@ -128,6 +131,7 @@ class TrainingProgress:
             completed=step,
             total=steps,
             state="  ".join(self._state(loss)),
+            refresh=step == 1,  # at once; later ones when it is time
         )
 
     def _say(self, text: str) -> None:
