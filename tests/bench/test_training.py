@@ -13,7 +13,8 @@ from ddetr_cli.bench import training
 from ddetr_cli.bench.options import BenchOptions
 from ddetr_cli.bench.peers import TRANSFORMERS, missing_packages
 from ddetr_cli.bench.tables import Silence
-from ddetr_cli.bench.training import measure_training
+from ddetr_cli.bench.timing import Samples
+from ddetr_cli.bench.training import StepResult, TrainingSection, measure_training
 from ddetr_cli.cli.timed import TrainSteps
 from ddetr_cli.errors import UsageError
 from ddetr_cli.presets import PRESETS
@@ -85,6 +86,19 @@ def test_without_transformers_ours_is_measured_alone_and_what_is_missing_is_name
     assert [result.program for result in section.results] == ["ddetr fp32"]
     (table,) = section.tables()
     assert any("not measured: transformers (not installed: timm)" in note for note in table.notes)
+
+
+def test_the_hours_of_the_whole_training_are_projected_beside_the_published_ones() -> None:
+    result = StepResult("ddetr fp32", True, Samples((2.0, 4.0, 3.0)), 1.0)
+    assert result.projected_hours(batch_size=2, epochs=50) == pytest.approx(118_287 * 50 * 1.5 / 3600)
+    section = TrainingSection("detr-r50", 2, (result,), {}, {})
+    (table,) = section.tables()
+    assert table.rows[0][-1] == f"{118_287 * 500 * 1.5 / 3600:,.0f}"
+    assert (
+        "projected: hours here for 118,287 pictures x 500 epochs at this rate; published: 2000 hours of a V100"
+        in (table.notes)
+    )
+    assert TrainingSection("tiny", 2, (result,), {}, {}).epochs == 50
 
 
 def test_what_is_not_trained_here_is_refused() -> None:

@@ -301,8 +301,8 @@ def test_the_torchrun_example_trains_in_two_processes_and_goes_on(
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
     assert [line.split(",")[0] for line in done.stderr.splitlines() if line.startswith("epoch")] == [
-        "epoch 1",
-        "epoch 2",
+        "epoch 1 of 2",
+        "epoch 2 of 2",
     ]
     again = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=280)
     assert again.returncode == 0 and "all 2 epochs are done" in again.stderr

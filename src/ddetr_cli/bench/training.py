@@ -20,6 +20,7 @@ from ddetr_cli.bench.machine import peer_versions
 from ddetr_cli.bench.options import TRAIN, BenchOptions
 from ddetr_cli.bench.peers import TRANSFORMERS as TRANSFORMERS_FP32
 from ddetr_cli.bench.peers import build_pair, missing_packages
+from ddetr_cli.bench.published import PUBLISHED
 from ddetr_cli.bench.subjects import open_model, random_pixels
 from ddetr_cli.bench.tables import Listener, Table, middle_half, milliseconds, times_as
 from ddetr_cli.bench.timing import Samples, noise_notes, time_interleaved
@@ -29,6 +30,7 @@ from ddetr_cli.ops.dense import dense_engine
 from ddetr_cli.presets import DEFORMABLE_DETR, DETR
 
 OBJECTS = 7  # in every picture: COCO's mean
+COCO_PICTURES, COCO_EPOCHS = 118_287, 50  # of train2017; of the paper's recipe
 # The authors' numbers; they do not decide the time.
 _RATE, _DECAY, _CLIP = 2e-5, 1e-4, 0.1
 
@@ -52,6 +54,10 @@ class StepResult:
     times: Samples
     first_loss: float
 
+    def projected_hours(self, batch_size: int, epochs: int) -> float:
+        """Of this machine, for ``epochs`` of COCO at the measured rate."""
+        return COCO_PICTURES * epochs * self.times.median / batch_size / 3600
+
 
 @dataclass(frozen=True)
 class TrainingSection:
@@ -68,15 +74,23 @@ class TrainingSection:
         """Our precisions."""
         return [result for result in self.results if result.is_ours]
 
+    @property
+    def epochs(self) -> int:
+        """Of the whole training that is projected: those of the published one."""
+        published = PUBLISHED.get(self.model)
+        return COCO_EPOCHS if published is None else published.epochs
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; ratios are of times, rival over ours."""
         return {
             "model": self.model,
+            "projected_epochs": self.epochs,
             "programs": [
                 {
                     "program": result.program,
                     "seconds": result.times.to_json(),
                     "first_loss": result.first_loss,
+                    "projected_hours": result.projected_hours(self.batch_size, self.epochs),
                     "ratios": {ours.program: result.times.over(ours.times).to_json() for ours in self.ours()},
                 }
                 for result in self.results
@@ -96,19 +110,31 @@ class TrainingSection:
                 f"{self.batch_size / result.times.median:.2f}",
                 *("" if result is other else times_as(result.times.over(other.times)) for other in ours),
                 f"{result.first_loss:.3f}",
+                f"{result.projected_hours(self.batch_size, self.epochs):,.0f}",
             )
             for result in self.results
         ]
+        published = PUBLISHED.get(self.model)
         installed = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
         absent = "; ".join(f"{name} ({why})" for name, why in self.absent.items())
         return [
             Table(
                 f"one training step of {self.model}",
-                ("program", "median ms", "quartiles", "images/s", *(f"/ {o.program}" for o in ours), "first loss"),
+                (
+                    "program",
+                    "median ms",
+                    "quartiles",
+                    "images/s",
+                    *(f"/ {o.program}" for o in ours),
+                    "first loss",
+                    "projected h",
+                ),
                 tuple(rows),
                 notes=(
                     "/: times as long as ours, median and quartiles of the rounds' ratios",
                     "same weights, objects, loss, frozen stages, clipping and AdamW; first losses differ by dropout",
+                    f"projected: hours here for {COCO_PICTURES:,} pictures x {self.epochs} epochs at this rate"
+                    + (f"; published: {published.train_hours:g} hours of a V100" if published else ""),
                     *([f"with {installed}"] if installed and len(self.results) > len(ours) else []),
                     *([f"not measured: {absent}"] if absent else []),
                     *noise_notes({result.program: result.times for result in self.results}),
