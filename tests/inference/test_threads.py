@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddetr_cli.inference import threads
-from ddetr_cli.inference.threads import available_cores, use_available_cores
+from ddetr_cli.inference.threads import available_cores, share_cores, use_available_cores
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,3 +95,37 @@ def test_cores_are_those_the_process_may_use() -> None:
         assert available_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "count"),
+    [
+        (9.0, {}, "2000"),
+        (0.1, {}, None),
+        (9.0, {"GOMP_SPINCOUNT": "7"}, "7"),
+        (9.0, {"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_threads_that_wait_sleep_soon_on_a_busy_machine_unless_the_environment_says_otherwise(
+    load: float, given: dict[str, str], count: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", given)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    share_cores()
+    assert given.get("GOMP_SPINCOUNT") == count
+
+
+def test_the_command_shares_cores_before_torch_is_there() -> None:
+    code = (
+        "import os, sys\n"
+        "os.getloadavg = lambda: (1000.0, 0, 0)\n"
+        "from ddetr_cli.cli.app import main\n"
+        "main(['--version'])\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(os.environ['GOMP_SPINCOUNT'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "2000"

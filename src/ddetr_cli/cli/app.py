@@ -27,6 +27,7 @@ import typer
 from ddetr_cli.cli import console
 from ddetr_cli.cli.grouped import GroupedCommand
 from ddetr_cli.errors import DdetrError
+from ddetr_cli.inference.threads import share_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,6 +104,7 @@ for _command, _function in COMMANDS:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``ddetr`` on ``arguments`` (default: the process's own) and give its exit code; reports every error."""
     session = Session()
+    share_cores()
     with console.plain_talk():
         try:
             with console.sigterm_unwinds(), console.own_warnings_only():
