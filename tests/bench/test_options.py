@@ -23,7 +23,7 @@ def test_a_size_is_height_by_width_or_the_short_side_of_a_4_to_3_picture(text: s
 
 
 def test_a_single_number_gives_the_size_the_detector_would_use_for_a_640x480_photo() -> None:
-    from ddetr_cli.data.images import network_size
+    from ddetr_cli.data.pixels import network_size
 
     for short in (320, 480, 608, 800):
         assert parse_size(str(short)) == network_size(640, 480, short)

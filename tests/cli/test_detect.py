@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ddetr_cli.cli.app import main
-from ddetr_cli.data.images import network_size
+from ddetr_cli.data.pixels import network_size
 from ddetr_cli.inference.predictor import Predictor
 
 

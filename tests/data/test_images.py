@@ -19,14 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddetr_cli.data.images import (
-    STD,
-    network_size,
-    open_picture,
-    read_image,
-    read_reduced,
-    to_pixels,
-)
+from ddetr_cli.data.images import open_picture, read_image, read_reduced
+from ddetr_cli.data.pixels import STD, network_size, to_pixels
 from ddetr_cli.errors import ImageError, UsageError
 
 ORIENTATION = 274

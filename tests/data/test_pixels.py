@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddetr_cli.data.images import MEAN, STD, network_size, pad_batch, read_image, to_pixels
+from ddetr_cli.data.images import read_image
+from ddetr_cli.data.pixels import MEAN, STD, network_size, pad_batch, to_pixels
 
 if TYPE_CHECKING:
     from pathlib import Path

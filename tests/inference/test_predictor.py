@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddetr_cli.data.images import network_size, to_pixels
+from ddetr_cli.data.pixels import network_size, to_pixels
 from ddetr_cli.errors import DeviceError, UsageError
 from ddetr_cli.inference.predictor import ImageDetections, Predictor
 from ddetr_cli.model.detector import DetectorOutput, build_detector

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms.functional import to_tensor
 
-from ddetr_cli.data.images import to_pixels
+from ddetr_cli.data.pixels import to_pixels
 from ddetr_cli.errors import UsageError
 from ddetr_cli.inference.preparation import Preparation
 from ddetr_cli.presets import DEFORMABLE_DETR, DETR, FASTER_RCNN

@@ -16,9 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddetr_cli.errors import UsageError
 from ddetr_cli.train.checkpoints import read_snapshot
-from ddetr_cli.train.distributed import device_name, world
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -216,27 +214,6 @@ def wait_for(sign: Path, processes: list[Any], logs: Path) -> None:
         time.sleep(0.01)
 
 
-def test_the_environment_says_who_a_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert world() == (0, 1, 0) and device_name("cuda:3") == "cuda:3"
-    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
-    assert world() == (5, 8, 1) and device_name("cpu") == "cpu"
-    with pytest.raises(UsageError, match="not with several processes"):
-        device_name("cuda:0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for gpus, expected in ((4, "cuda:1"), (1, "cuda:0")):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        assert device_name("auto") == expected
-    monkeypatch.setenv("RANK", "8")
-    with pytest.raises(UsageError, match="RANK=8, WORLD_SIZE=8"):
-        world()
-    monkeypatch.setenv("RANK", "first")
-    with pytest.raises(UsageError, match="RANK=first: not a number"):
-        world()
-
-
 SRUN = """#!/usr/bin/env bash
 # What srun does, on one machine: so many copies of the command, each with its number; the highest exit code.
 [[ $1 == --kill-on-bad-exit=1 ]] && shift
@@ -300,10 +277,9 @@ def test_the_torchrun_example_trains_in_two_processes_and_goes_on(
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
-    assert [line.split(",")[0] for line in done.stderr.splitlines() if line.startswith("epoch")] == [
-        "epoch 1 of 2",
-        "epoch 2 of 2",
-    ]
+    # On a slow machine lines tell of the steps within an epoch too.
+    told = [line.split(",")[0] for line in done.stderr.splitlines() if line.startswith("epoch")]
+    assert [line for line in told if "steps" not in line] == ["epoch 1 of 2", "epoch 2 of 2"]
     again = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=280)
     assert again.returncode == 0 and "all 2 epochs are done" in again.stderr
 

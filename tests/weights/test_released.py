@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from ddetr_cli.data.images import network_size, to_pixels
+from ddetr_cli.data.pixels import network_size, to_pixels
 from ddetr_cli.errors import CheckpointError
 from ddetr_cli.model.postprocess import postprocess
 from ddetr_cli.presets import HUB_IDS

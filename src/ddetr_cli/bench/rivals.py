@@ -18,7 +18,7 @@ from ddetr_cli.bench.machine import peer_versions
 from ddetr_cli.bench.options import RIVALS, BenchOptions
 from ddetr_cli.bench.peers import REQUIREMENTS, TRANSFORMERS, Answer, Peer, build_pair, build_peers, missing_packages
 from ddetr_cli.bench.subjects import Subject, open_model, random_pixels
-from ddetr_cli.bench.tables import Listener, Table, middle_half, milliseconds, times_as
+from ddetr_cli.bench.tables import Listener, Table, middle_half, milliseconds, peer_notes, times_as
 from ddetr_cli.bench.timing import Samples, noise_notes, time_interleaved
 from ddetr_cli.errors import UsageError
 from ddetr_cli.model.detector import DetectorOutput
@@ -87,8 +87,6 @@ class RivalsSection:
             for result in self.results
         ]
         headings = ("program", "median ms", "quartiles", *(f"/ {other.program}" for other in ours))
-        installed = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
-        absent = "; ".join(f"{name} ({why})" for name, why in self.absent.items())
         return [
             Table(
                 f"{self.model} and its rivals",
@@ -97,8 +95,7 @@ class RivalsSection:
                 notes=(
                     "/: times as long as ours, median and quartiles of the rounds' ratios",
                     f"error: largest difference to {self.reference}, whose largest logit is {self.largest_logit:.2f}",
-                    *([f"with {installed}"] if installed else []),
-                    *([f"not measured: {absent}"] if absent else []),
+                    *peer_notes(self.versions, self.absent),
                     *noise_notes({result.program: result.times for result in self.results}),
                 ),
             )

@@ -13,8 +13,8 @@ from ddetr_cli.bench.published import PUBLISHED, PUBLISHED_SHORT_SIDE, Published
 from ddetr_cli.bench.subjects import BenchModel
 from ddetr_cli.bench.tables import Listener, Table
 from ddetr_cli.data.annotations import read_annotations
-from ddetr_cli.data.images import network_size
 from ddetr_cli.data.locate import locate_dataset
+from ddetr_cli.data.pixels import network_size
 
 # Over how many pictures of val2017 the published FLOPs are a mean.
 VAL_PICTURES = 100

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ddetr_cli.bench.timing import Samples
 
 
@@ -70,3 +72,10 @@ def times_as(ratio: Samples) -> str:
     """A ratio with its quartiles: ``2.41x (2.38-2.44)``."""
     low, high = ratio.quartiles
     return f"{ratio.median:.2f}x ({low:.2f}-{high:.2f})"
+
+
+def peer_notes(versions: Mapping[str, str | None], absent: Mapping[str, str]) -> tuple[str, ...]:
+    """With which ``versions`` of others' programs was measured, and why those in ``absent`` were not."""
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    missing = "; ".join(f"{name} ({why})" for name, why in absent.items())
+    return (*([f"with {installed}"] if installed else []), *([f"not measured: {missing}"] if missing else []))

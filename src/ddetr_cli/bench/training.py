@@ -22,7 +22,7 @@ from ddetr_cli.bench.peers import TRANSFORMERS as TRANSFORMERS_FP32
 from ddetr_cli.bench.peers import build_pair, missing_packages
 from ddetr_cli.bench.published import PUBLISHED
 from ddetr_cli.bench.subjects import open_model, random_pixels
-from ddetr_cli.bench.tables import Listener, Table, middle_half, milliseconds, times_as
+from ddetr_cli.bench.tables import Listener, Table, middle_half, milliseconds, peer_notes, times_as
 from ddetr_cli.bench.timing import Samples, noise_notes, time_interleaved
 from ddetr_cli.errors import UsageError
 from ddetr_cli.model.detector import DetectionModel, DetectorOutput
@@ -115,8 +115,7 @@ class TrainingSection:
             for result in self.results
         ]
         published = PUBLISHED.get(self.model)
-        installed = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
-        absent = "; ".join(f"{name} ({why})" for name, why in self.absent.items())
+        has_peers = len(self.results) > len(ours)
         return [
             Table(
                 f"one training step of {self.model}",
@@ -135,8 +134,7 @@ class TrainingSection:
                     "same weights, objects, loss, frozen stages, clipping and AdamW; first losses differ by dropout",
                     f"projected: hours here for {COCO_PICTURES:,} pictures x {self.epochs} epochs at this rate"
                     + (f"; published: {published.train_hours:g} hours of a V100" if published else ""),
-                    *([f"with {installed}"] if installed and len(self.results) > len(ours) else []),
-                    *([f"not measured: {absent}"] if absent else []),
+                    *peer_notes(self.versions if has_peers else {}, self.absent),
                     *noise_notes({result.program: result.times for result in self.results}),
                 ),
             )

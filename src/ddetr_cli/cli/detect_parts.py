@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ddetr_cli.detect.manifest import Manifest
     from ddetr_cli.detect.run import ImageResult, RunSummary, Sink
     from ddetr_cli.detect.sources import Input
-    from ddetr_cli.train.distributed import Ranks
+    from ddetr_cli.distributed import Ranks
 
 # A process waits for the slowest at the end, however long that takes.
 _PATIENCE = timedelta(days=30)
@@ -164,7 +164,7 @@ def open_processes(device: str) -> Iterator[Processes]:
             return
         import torch
 
-        from ddetr_cli.train.distributed import device_name, open_ranks
+        from ddetr_cli.distributed import device_name, open_ranks
 
         # Gloo, whatever the device: they only meet at the beginning and the end.
         ranks = stack.enter_context(open_ranks(torch.device("cpu"), patience=_PATIENCE))

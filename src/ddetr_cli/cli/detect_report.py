@@ -74,7 +74,7 @@ class Report:
 
     @property
     def failed(self) -> int:
-        """How many images have failed so far, in this session."""
+        """How many images have failed since this process began."""
         return self._failed
 
     def end(self, summary: RunSummary, selection: Selection, folder: Path | None) -> None:

@@ -305,11 +305,11 @@ def _detections_of_model(
     Each of its processes takes every n-th image.
     """
     from ddetr_cli.data.coco import check_images
+    from ddetr_cli.distributed import device_name, open_ranks
     from ddetr_cli.evaluate.mapping import map_classes
     from ddetr_cli.evaluate.run import predict_images
     from ddetr_cli.evaluate.table import TableBuilder, merged
     from ddetr_cli.inference.device import resolve_device
-    from ddetr_cli.train.distributed import device_name, open_ranks
 
     device = device_name(device)
     with open_ranks(resolve_device(device)) as ranks:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddetr_cli.data.images import MEAN, STD, network_size, to_pixels
+from ddetr_cli.data.pixels import MEAN, STD, network_size, to_pixels
 from ddetr_cli.errors import UsageError
 from ddetr_cli.presets import FASTER_RCNN
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from ddetr_cli.data.images import network_size
+from ddetr_cli.data.pixels import network_size
 
 AugmentName = Literal["paper", "jitter", "top-down"]
 Boxes = NDArray[np.float64]  # (T,4) xyxy in pixels of the picture they travel with

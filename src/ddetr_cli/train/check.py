@@ -12,7 +12,7 @@ from typing import Any
 
 from ddetr_cli.data.coco import CocoAnnotations, image_path
 from ddetr_cli.data.findings import EXAMPLES, Finding
-from ddetr_cli.data.images import network_size
+from ddetr_cli.data.pixels import network_size
 from ddetr_cli.presets import ModelConfig, get_preset
 from ddetr_cli.train.options import TrainOptions
 from ddetr_cli.train.splits import Inspection, Split, Splits, crowded_images, inspect_splits

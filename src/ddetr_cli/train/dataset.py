@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, get_worker_info
 from ddetr_cli.boxes import xyxy_to_cxcywh
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.data.coco import CocoAnnotations, read_dataset_image
-from ddetr_cli.data.images import pad_batch, to_pixels
+from ddetr_cli.data.pixels import pad_batch, to_pixels
 from ddetr_cli.errors import DatasetError, ImageError, UsageError
 from ddetr_cli.train.augment import AugmentName, Sample, augment, augmented_size
 from ddetr_cli.train.matcher import Target

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddetr_cli.distributed import Ranks, others_alive
 from ddetr_cli.errors import DivergedError
 from ddetr_cli.train.criterion import Criterion
 from ddetr_cli.train.dataset import Batch
-from ddetr_cli.train.distributed import Ranks, others_alive
 from ddetr_cli.train.recipe import AveragedWeights, Recipe
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite loss and gradient before a run counts as diverged

@@ -12,12 +12,12 @@ from ddetr_cli import __version__
 from ddetr_cli.atomic import write_json
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.data.findings import told
+from ddetr_cli.distributed import Ranks, device_name, open_ranks
 from ddetr_cli.errors import DatasetError, DeviceError, UsageError
 from ddetr_cli.evaluate.mapping import map_classes
 from ddetr_cli.inference.device import resolve_device
 from ddetr_cli.presets import ModelConfig
 from ddetr_cli.train.criterion import Criterion
-from ddetr_cli.train.distributed import Ranks, device_name, open_ranks
 from ddetr_cli.train.epochs import Epochs, NeverStop, StopRequest, TrainResult
 from ddetr_cli.train.fingerprint import differences, fingerprint
 from ddetr_cli.train.loop import Pace, Progress, Trainer

@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 
 from ddetr_cli.classes import ClassTable
+from ddetr_cli.distributed import Ranks
 from ddetr_cli.evaluate.mapping import ClassMapping
 from ddetr_cli.evaluate.metrics import CocoMetrics, evaluate_detections
 from ddetr_cli.evaluate.run import ImageResult, predict_images
 from ddetr_cli.inference.predictor import Predictor
 from ddetr_cli.model.detector import DetectionModel
 from ddetr_cli.presets import ModelConfig
-from ddetr_cli.train.distributed import Ranks
 from ddetr_cli.train.splits import Split
 
 BATCH = 8

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddetr_cli.atomic import AtomicFile
 from ddetr_cli.detect.sinks.formats import DETECTIONS_FILE, IMAGES_FILE
-from ddetr_cli.detect.sinks.writing import coco_rows, size_of, to_json
+from ddetr_cli.detect.sinks.writing import coco_rows, describe, to_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,15 +67,7 @@ class CocoSink:
 
     def add(self, result: ImageResult, rendered: bytes | None) -> None:
         """Append the image and its detections."""
-        width, height = size_of(result)
-        record: dict[str, Any] = {
-            "id": result.image_id,
-            "file_name": result.input.name,
-            "width": width,
-            "height": height,
-        }
-        if result.failure is not None:
-            record["failed"] = result.failure
+        record = {"id": result.image_id, **describe(result)}
         if result.truncated:
             record["truncated"] = True
         self._images.write(self._separator + to_json(record))

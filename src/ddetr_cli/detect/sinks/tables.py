@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ddetr_cli.detect.sinks.writing import coco_rows, size_of, to_json, to_text
+from ddetr_cli.detect.sinks.writing import coco_rows, describe, to_json, to_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,16 +31,8 @@ class JsonLinesSink:
 
     def add(self, result: ImageResult, rendered: bytes | None) -> None:
         """Append one line."""
-        width, height = size_of(result)
-        record: dict[str, Any] = {
-            "image_id": result.image_id,
-            "file_name": result.input.name,
-            "width": width,
-            "height": height,
-        }
-        if result.failure is not None:
-            record["failed"] = result.failure
-        else:
+        record = {"image_id": result.image_id, **describe(result)}
+        if result.failure is None:
             rows = zip(coco_rows(result, self._classes), result.labels, strict=True)
             record["detections"] = [
                 {

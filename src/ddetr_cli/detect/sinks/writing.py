@@ -44,6 +44,15 @@ def coco_rows(result: ImageResult, classes: ClassTable) -> Iterator[dict[str, An
         yield coco_row(result.image_id, classes.category_ids[label], box, score)
 
 
+def describe(result: ImageResult) -> dict[str, Any]:
+    """What every record of an image says of it besides its id: name, size, and the reason where it failed."""
+    width, height = size_of(result)
+    record: dict[str, Any] = {"file_name": result.input.name, "width": width, "height": height}
+    if result.failure is not None:
+        record["failed"] = result.failure
+    return record
+
+
 def size_of(result: ImageResult) -> tuple[int | None, int | None]:
     """Width and height of the upright picture; None twice where it was never read."""
     return result.size_wh or (None, None)

@@ -1,7 +1,7 @@
-"""The processes of one training, as torchrun (or a batch script) starts them: who they are, and what they agree on.
+"""The processes of one run, as torchrun (or a batch script) starts them: who they are, and what they agree on.
 
 Each finds itself in the standard environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without them a
-training is one process, and nothing here does anything.
+run is one process, and nothing here does anything.
 """
 
 from __future__ import annotations
