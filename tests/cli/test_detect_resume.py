@@ -31,11 +31,14 @@ def detect(model: str, *arguments: object) -> int:
 
 
 def results_in(output: Path) -> dict[str, bytes | set[bytes]]:
-    """Every file of a run but run.json, which tells times; of the journal the lines, as failures are tried again."""
+    """Every file of a run but run.json, which tells times; of the journal the lines, as failures are tried again.
+
+    Nor the lock: one that nobody holds stays where a kill comes after the last file and before the end.
+    """
     results: dict[str, bytes | set[bytes]] = {
         path.relative_to(output).as_posix(): path.read_bytes()
         for path in sorted(output.rglob("*"))
-        if path.is_file() and path.name != "run.json"
+        if path.is_file() and path.name not in ("run.json", ".lock")
     }
     results["journal.jsonl"] = set((output / "journal.jsonl").read_bytes().splitlines())
     return results
