@@ -158,6 +158,9 @@ def test_when_every_image_is_bad_the_results_are_empty_and_the_exit_code_4(model
         ["--threshold", "=0.5"],
         ["--classes", ","],
         ["--top-k", "0"],
+        ["--nms", "0"],
+        ["--nms", "1"],
+        ["--nms", "nan"],
         ["--tiles", "31"],
         ["--tile-overlap", "0.95"],
         ["--tiles", "640", "--draft", "--format", "coco"],
@@ -352,6 +355,38 @@ def test_one_class_per_box_keeps_every_box_once(model: str, photos: Path, tmp_pa
     for row in every:
         best.setdefault((row["image_id"], tuple(row["bbox"])), row)  # type: ignore[arg-type]
     assert once == list(best.values())
+
+
+def test_boxes_that_overlap_a_better_one_of_their_class_are_left_out_when_asked(
+    model: str, photos: Path, tmp_path: Path
+) -> None:
+    from ddetr_cli.inference.suppression import rows_without_overlaps
+
+    assert detect(model, photos, "-o", tmp_path / "all", "-t", 0, "-q") == 0
+    assert detect(model, photos, "-o", tmp_path / "some", "-t", 0, "-q", "--nms", 0.05) == 0
+    expected = []
+    for number in (1, 2, 3):
+        rows = [row for row in detections_in(tmp_path / "all") if row["image_id"] == number]
+        corners = np.array([row["bbox"] for row in rows])
+        corners[:, 2:] += corners[:, :2]
+        left = rows_without_overlaps(corners, [row["category_id"] for row in rows], 0.05)
+        expected += [rows[index] for index in left]
+    assert 200 < len(expected) < 290
+    assert detections_in(tmp_path / "some") == expected
+    run, images = (json.loads((tmp_path / "some" / name).read_text()) for name in ("run.json", "images.json"))
+    assert (run["options"]["nms"], images["info"]["nms"]) == (0.05, 0.05)
+
+
+def test_what_tiles_found_twice_is_left_out_too(model: str, tmp_path: Path) -> None:
+    noise = np.random.default_rng(3).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    counts = []
+    for number, options in enumerate(([], ["--tiles", 64], ["--tiles", 64, "--nms", 0.05])):
+        output = tmp_path / f"{number}"
+        assert detect(model, tmp_path / "a.png", "-o", output, "-t", 0, "-q", "--format", "coco", *options) == 0
+        counts.append(len(detections_in(output)))
+    assert counts[0] == 100
+    assert 0 < counts[2] < counts[1]
 
 
 @pytest.mark.parametrize("options", [["--classes", "cat,cst"], ["--threshold", "Cst=0.3"]])

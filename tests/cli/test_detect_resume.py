@@ -133,6 +133,7 @@ def test_failures_are_tried_again_and_with_skip_failed_they_are_not(model: str, 
     [
         (["-t", "0.3"], "threshold 0.2, not 0.3"),
         (["--image-size", "96"], "image_size 64, not 96"),
+        (["--nms", "0.7"], "nms none, not 0.7"),
         (["--format", "coco"], "format coco,images, not coco"),
         (["--max-pixels", "100"], "max_pixels 89478485, not 100"),
     ],

@@ -400,6 +400,41 @@ def test_two_processes_score_as_one(dataset: Path, checkpoint: Path, tmp_path: P
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+def test_boxes_that_overlap_a_better_one_of_their_class_are_not_scored_when_asked(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twice = [{**row, "bbox": [9, 8, 40, 40], "score": 0.95} for row in results()]
+    (dataset / "twice.json").write_text(json.dumps(results() + twice))
+    for name, options in (("as", []), ("nms", ["--nms", "0.7"]), ("loose", ["--nms", "0.99"])):
+        arguments = ["eval", str(dataset), "--predictions", str(dataset / "twice.json"), "-o", str(tmp_path / name)]
+        assert main([*arguments, *options]) == 0
+    assert "2 of 4 detections overlap a better one and are left out (--nms)" in capsys.readouterr().err
+    found = {name: json.loads((tmp_path / name / "detections.json").read_text()) for name in ("as", "nms", "loose")}
+    assert (found["nms"], found["loose"]) == (twice, found["as"])
+    assert json.loads((tmp_path / "nms/metrics.json").read_text())["nms"] == 0.7
+    assert "nms" not in json.loads((tmp_path / "as/metrics.json").read_text())
+
+
+def test_what_suppression_leaves_of_a_model_is_what_it_leaves_of_its_results(
+    dataset: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    model = ["--model", str(checkpoint), "--device", "cpu"]
+    assert main(["eval", str(dataset), *model, "-o", str(tmp_path / "all")]) == 0
+    assert main(["eval", str(dataset), *model, "-o", str(tmp_path / "some"), "--nms", "0.02"]) == 0
+    predictions = ["--predictions", str(tmp_path / "all/detections.json"), "--nms", "0.02"]
+    assert main(["eval", str(dataset), *predictions, "-o", str(tmp_path / "later")]) == 0
+    every, some, later = ((tmp_path / name / "detections.json").read_bytes() for name in ("all", "some", "later"))
+    assert later == some
+    assert 0 < len(some) < len(every)
+
+
+def test_suppression_is_no_part_of_a_comparison(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(dataset / "results.json")
+    assert main(["eval", str(dataset), "--compare", file, file, "--nms", "0.7"]) == 2
+    assert "--nms: not with --compare" in capsys.readouterr().err
+    assert main(["eval", str(dataset), "--predictions", file, "--nms", "1.5"]) == 2
+
+
 def test_a_report_is_written_beside_the_numbers(
     dataset: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

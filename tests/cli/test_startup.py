@@ -65,6 +65,7 @@ def test_help_versions_and_wrong_usage_import_nothing_to_draw_or_compute_with(ar
         ["detect", "pictures", "--device", "gpu"],
         ["detect", "pictures", "--threshold", "2"],
         ["detect", "pictures", "--preset", "r51"],
+        ["detect", "pictures", "--nms", "70"],
         ["detect", "pictures", "--preprocess", "theirs"],
         ["detect", "pictures", "--draft"],
         ["detect", "pictures", "--format", "xml"],

@@ -53,9 +53,27 @@ def test_a_box_has_its_best_class_only_also_where_that_class_is_not_asked_for() 
     assert kept(Selection(0.0, classes=frozenset({0}), one_class_per_box=True)) == []
 
 
+NEAR = (0.0, 0.0, 9.0, 8.9)
+
+
+def test_of_boxes_of_one_class_that_overlap_the_best_is_kept_also_where_others_come_between() -> None:
+    twice = found((0.9, 1, BOX), (0.8, 0, NEAR), (0.7, 1, NEAR), (0.6, 1, (20.0, 0.0, 29.0, 9.0)), (0.5, 0, BOX))
+    assert Selection(0.0, nms=0.7)(twice).scores.tolist() == pytest.approx([0.9, 0.8, 0.6])
+    assert Selection(0.0, nms=0.7, top=2)(twice).scores.tolist() == pytest.approx([0.9, 0.8])
+    assert Selection(0.0, nms=0.999)(twice).scores.tolist() == twice.scores.tolist()
+    limits = Selection(0.5, {1: 0.65}, frozenset({1}), nms=0.7)
+    assert limits(twice).scores.tolist() == pytest.approx([0.9])
+
+
+def test_a_class_that_is_not_the_best_of_its_box_takes_no_part_in_suppression() -> None:
+    twice = found((0.9, 1, BOX), (0.8, 1, NEAR), (0.7, 0, NEAR), (0.6, 0, BOX))
+    assert Selection(0.0, one_class_per_box=True, nms=0.7)(twice).labels.tolist() == [1]
+    assert Selection(0.0, nms=0.7)(twice).labels.tolist() == [1, 0]
+
+
 def test_nothing_found_stays_nothing() -> None:
     nothing = ImageDetections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    chosen = Selection(0.0, {1: 0.5}, frozenset({1}), 3, one_class_per_box=True)(nothing)
+    chosen = Selection(0.0, {1: 0.5}, frozenset({1}), 3, one_class_per_box=True, nms=0.5)(nothing)
     assert chosen.boxes_xyxy_px.shape == (0, 4)
 
 
@@ -119,4 +137,5 @@ def test_the_choice_is_on_record_by_category_id() -> None:
         "classes": [7],
         "top_k": None,
         "one_class_per_box": False,
+        "nms": None,
     }

@@ -77,3 +77,19 @@ def test_the_tables_of_shares_become_one_in_the_order_of_the_images(truth: Truth
         for part in (images[::2], images[1::2])
     ]
     assert list(merged(ground_truth, shares)) == found
+
+
+def test_detections_that_overlap_a_better_one_of_their_image_and_category_are_left_out(truth: Truth) -> None:
+    near, far = (10.0, 20.5, 29.0, 1 / 3), (90.0, 20.5, 30.0, 1 / 3)
+    rows = [
+        Detection("b", 7, near, 0.3),  # worse than the next but one, of another image
+        Detection(3, 7, near, 0.4),
+        Detection(3, 7, BOX, 0.9),
+        Detection(3, 8, BOX, 0.5),
+        Detection(3, 7, far, 0.2),
+        Detection("b", 7, BOX, 0.3),  # as good as the first, which comes before
+    ]
+    table = table_of(truth((3, 7, BOX), ("b", 8, BOX)), rows)
+    assert list(table.without_overlaps(0.7)) == [rows[0], *rows[2:5]]
+    assert list(table.without_overlaps(0.99)) == rows
+    assert len(table.rows(table.scores > 1).without_overlaps(0.7)) == 0

@@ -13,6 +13,7 @@ from PIL import Image
 from ddetr_cli.errors import CheckpointError, DeviceError, ImageError, UsageError
 from ddetr_cli.inference.detector import Detector
 from ddetr_cli.inference.predictor import ImageDetections, Predictor
+from ddetr_cli.inference.suppression import rows_without_overlaps
 from ddetr_cli.weights import save_checkpoint
 
 if TYPE_CHECKING:
@@ -71,6 +72,18 @@ def test_detections_below_the_threshold_are_left_out(model: Path, detector: Dete
     at = every[9].score
     some = Detector(model, device="cpu", threshold=at).detect(picture())
     assert list(some) == [one for one in every if one.score >= at]
+
+
+def test_boxes_that_overlap_a_better_one_of_their_class_are_left_out_when_asked(
+    model: Path, detector: Detector
+) -> None:
+    every = detector.detect(picture())
+    some = Detector(model, device="cpu", threshold=0.0, nms=0.05).detect(picture())
+    rows = rows_without_overlaps([one.box for one in every], [one.class_index for one in every], 0.05)
+    assert list(some) == [every[row] for row in rows]
+    assert 0 < len(some) < len(every)
+    with pytest.raises(UsageError, match="not between 0 and 1"):
+        Detector(model, nms=1.0)
 
 
 def test_many_pictures_come_in_order_and_each_as_if_alone(detector: Detector, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ddetr_cli.cli.predictor import (
     BatchSize,
     Device,
     ImageSize,
+    Nms,
     Precision,
     Preprocess,
     Preset,
@@ -131,6 +132,7 @@ def detect(
             help="Where the model gives one box several classes, keep the best of them (before --classes).",
         ),
     ] = False,
+    nms: Nms = None,
     formats: Annotated[
         str,
         typer.Option(
@@ -245,7 +247,7 @@ def detect(
             raise UsageError("--merge: takes the folders of shards, --output and --overwrite, no more.")
         merge_shards([Path(source) for source in sources or ()], folder, overwrite=overwrite, quiet=quiet)
         return
-    check_model_options(model, device=device, preset=preset)
+    check_model_options(model, device=device, preset=preset, nms=nms)
     with open_processes(device) as processes:
         if processes.count > 1 and folder is None:
             raise UsageError("--output -: not with several processes. Give a folder.")
@@ -279,7 +281,7 @@ def detect(
             quiet=quiet,
         )
         selection = make_selection(
-            loaded.classes, threshold, by_class, names, top=top_k, one_class_per_box=one_class_per_box
+            loaded.classes, threshold, by_class, names, top=top_k, one_class_per_box=one_class_per_box, nms=nms
         )
         if draft and loaded.config.family == FASTER_RCNN:
             raise UsageError("--draft: not for Faster R-CNN (it resizes without smoothing). Leave it out.")

@@ -20,6 +20,7 @@ from ddetr_cli.cli.predictor import (
     BatchSize,
     Device,
     ImageSize,
+    Nms,
     Precision,
     Preprocess,
     Preset,
@@ -96,6 +97,7 @@ def evaluate(
         RESULTS("--evaluator", help="Who computes the numbers; both give the same, to the last bit."),
     ] = "fast",
     per_class: Annotated[bool, RESULTS("--per-class", help="Also show the numbers of every category.")] = False,
+    nms: Nms = None,
     image_size: ImageSize = None,
     precision: Precision = "fp32",
     preprocess: Preprocess = "original",
@@ -155,6 +157,8 @@ def evaluate(
     if compare is not None:
         if predictions or model is not None:
             raise UsageError("--compare: takes the two runs to compare. Leave out --model and --predictions.")
+        if nms is not None:
+            raise UsageError("--nms: not with --compare (it takes results as they are). Score each with --nms first.")
         predictions = [results_file(path) for path in compare]
     for file in predictions:
         if not file.exists():
@@ -162,7 +166,7 @@ def evaluate(
     if len(set(predictions)) < len(predictions) and compare is None:
         raise UsageError("--predictions: one file is given twice. Give each part once.")
     model = DEFAULT_MODEL if model is None else model
-    check_model_options(model, device=device, preset=preset)
+    check_model_options(model, device=device, preset=preset, nms=nms)
 
     is_main = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun one talks and writes
     if predictions and not is_main:
@@ -222,6 +226,10 @@ def evaluate(
         if found is None:
             return
         detections, complete = found
+    if nms is not None:
+        count = len(detections)
+        detections = detections.without_overlaps(nms)
+        console.say(f"{count - len(detections)} of {count} detections overlap a better one and are left out (--nms)")
     matches = match(ground_truth, detections)
     if evaluator == "pycocotools":
         from ddetr_cli.evaluate.reference import pycocotools_curves
@@ -240,7 +248,7 @@ def evaluate(
                 metrics, intervals=intervals(matches, metrics.images, bootstrap, on_sample=progress.advance)
             )
     if output is not None:
-        _write(output, metrics, detections, per_class=per_class)
+        _write(output, metrics, detections, per_class=per_class, nms=nms)
         written = [output / "metrics.json", output / "detections.json"]
         if report:
             from ddetr_cli.evaluate.report.evaluated import Evaluated
@@ -354,9 +362,12 @@ def _detections_of_model(
     return detections, not non_finite
 
 
-def _write(output: Path, metrics: CocoMetrics, detections: DetectionTable, *, per_class: bool) -> None:
+def _write(
+    output: Path, metrics: CocoMetrics, detections: DetectionTable, *, per_class: bool, nms: float | None
+) -> None:
     from ddetr_cli.atomic import atomic_file, write_json
 
     with atomic_file(output / "detections.json") as file:
         file.writelines(detections.to_json_lines())
-    write_json(output / "metrics.json", metrics.to_json(per_class=per_class))
+    options = {} if nms is None else {"nms": nms}
+    write_json(output / "metrics.json", {**metrics.to_json(per_class=per_class), **options})

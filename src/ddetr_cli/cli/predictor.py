@@ -43,6 +43,16 @@ ImageSize = Annotated[
         help="Short side in pixels of what the model sees; the long side is capped at 1333/800 of it.",
     ),
 ]
+Nms = Annotated[
+    float | None,
+    typer.Option(
+        "--nms",
+        metavar="IOU",
+        show_default="off",
+        help="Of boxes of one class that overlap by more than this, as 0.7, keep the best: for models that find one "
+        "object twice, as after a short training.",
+    ),
+]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"], typer.Option("--precision", help="Arithmetic of the model.")
 ]
@@ -74,7 +84,7 @@ def check_address_space() -> None:
         )
 
 
-def check_model_options(model: str, *, device: str, preset: str | None) -> None:
+def check_model_options(model: str, *, device: str, preset: str | None, nms: float | None = None) -> None:
     """Raise UsageError for values that cannot mean anything, before anything heavy is imported."""
     check_address_space()
     if not model:
@@ -86,6 +96,10 @@ def check_model_options(model: str, *, device: str, preset: str | None) -> None:
         from ddetr_cli.presets import get_preset
 
         get_preset(preset)
+    if nms is not None:
+        from ddetr_cli.inference.suppression import check_nms
+
+        check_nms(nms)
 
 
 def open_predictor(

@@ -22,7 +22,8 @@ class Selection:
     """Detections scoring ``threshold`` or more, or what ``thresholds`` says for their class index.
 
     ``one_class_per_box``: of the rows of one box, which differ in their class, only the best is looked at.
-    ``classes``: only these indices. ``top``: at most so many of a picture, the best.
+    ``classes``: only these indices. ``nms``: of two boxes of one class that overlap by more than this IoU, only the
+    better. ``top``: at most so many of a picture, the best.
     """
 
     threshold: float = 0.5
@@ -30,6 +31,7 @@ class Selection:
     classes: frozenset[int] | None = None
     top: int | None = None
     one_class_per_box: bool = False
+    nms: float | None = None
 
     def __call__(self, found: ImageDetections) -> ImageDetections:
         """Those of ``found``, best first, that are kept."""
@@ -47,7 +49,14 @@ class Selection:
             kept = [
                 is_kept and label in self.classes for is_kept, label in zip(kept, found.labels.tolist(), strict=True)
             ]
-        rows = [index for index, is_kept in enumerate(kept) if is_kept][: self.top]
+        rows = [index for index, is_kept in enumerate(kept) if is_kept]
+        if self.nms is not None:
+            from ddetr_cli.inference.suppression import rows_without_overlaps
+
+            # A class's limits leave out its worst boxes, which put no better one out: before or after is the same.
+            left = rows_without_overlaps(found.boxes_xyxy_px[rows], found.labels[rows], self.nms)
+            rows = [rows[index] for index in left]
+        rows = rows[: self.top]
         return replace(
             found, boxes_xyxy_px=found.boxes_xyxy_px[rows], scores=found.scores[rows], labels=found.labels[rows]
         )
@@ -61,6 +70,7 @@ class Selection:
             "classes": None if self.classes is None else [ids[label] for label in sorted(self.classes)],
             "top_k": self.top,
             "one_class_per_box": self.one_class_per_box,
+            "nms": self.nms,
         }
 
 
@@ -93,6 +103,7 @@ def make_selection(
     *,
     top: int | None,
     one_class_per_box: bool,
+    nms: float | None = None,
 ) -> Selection:
     """The selection of a command line: classes by name or category id. Raises UsageError for unknown ones."""
     limits = {
@@ -103,7 +114,7 @@ def make_selection(
         if wanted is None
         else frozenset(label for text in wanted for label in _labels_of(text, classes, "--classes"))
     )
-    return Selection(threshold, limits, chosen, top, one_class_per_box)
+    return Selection(threshold, limits, chosen, top, one_class_per_box, nms)
 
 
 def _labels_of(text: str, classes: ClassTable, option: str) -> list[int]:

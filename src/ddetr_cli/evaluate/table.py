@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ddetr_cli.classes import CategoryId
 from ddetr_cli.data.records import CocoAnnotations, ImageId
+from ddetr_cli.inference.suppression import rows_without_overlaps
 
 _CHUNK = 4096  # rows turned into Python objects at a time
 
@@ -70,6 +71,17 @@ class DetectionTable:
             boxes_xywh=self.boxes_xywh[chosen],
             scores=self.scores[chosen],
         )
+
+    def without_overlaps(self, iou: float) -> DetectionTable:
+        """Without those that overlap a better one of their image and category by more than this; order unchanged."""
+        order = np.lexsort((-self.scores, self.image))
+        ends = np.searchsorted(self.image[order], np.arange(1, len(self.image_ids)))
+        stays = np.zeros(len(self), dtype=bool)
+        for rows in np.split(order, ends):
+            corners = self.boxes_xywh[rows]
+            corners[:, 2:] += corners[:, :2]
+            stays[rows[rows_without_overlaps(corners, self.category[rows], iou)]] = True
+        return self.rows(stays)
 
     def of(self, ground_truth: CocoAnnotations) -> DetectionTable:
         """The same as a table of ``ground_truth``: only the detections in its images, with positions in its lists."""

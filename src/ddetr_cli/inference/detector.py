@@ -16,6 +16,7 @@ from ddetr_cli.inference.ahead import helper_threads, map_ahead
 from ddetr_cli.inference.device import resolve_device
 from ddetr_cli.inference.predictor import Predictor
 from ddetr_cli.inference.results import Box, Detection, Detections
+from ddetr_cli.inference.suppression import check_nms, rows_without_overlaps
 from ddetr_cli.inference.tiles import DEFAULT_OVERLAP, Tiling
 from ddetr_cli.weights import load_model
 
@@ -47,6 +48,7 @@ class Detector:
         image_size: int | None = None,
         preprocess: Preprocess = "original",
         threshold: float = 0.5,
+        nms: float | None = None,
         batch_size: int = 8,
         preset: str | None = None,
         max_pixels: int = MAX_PIXELS,
@@ -55,6 +57,7 @@ class Detector:
     ) -> None:
         if not 0 <= threshold <= 1:
             raise UsageError(f"threshold {threshold}: not a score. Give a number from 0 to 1.")
+        check_nms(nms)
         tiling = None if tiles is None else Tiling(tiles, tile_overlap)
         # First, because it takes an instant to refuse a device and minutes to download a model.
         resolved = resolve_device(device, on_notice=_log.warning)
@@ -62,6 +65,7 @@ class Detector:
         for note in loaded.report.notes:
             _log.info(note)
         self.threshold = threshold
+        self.nms = nms
         self._classes = loaded.classes
         self._max_pixels = max_pixels
         self._predictor = Predictor(
@@ -77,7 +81,7 @@ class Detector:
         self._turn = threading.Lock()
 
     def detect(self, image: ImageLike) -> Detections:
-        """What is in one picture, best first, scoring ``threshold`` or more.
+        """What is in one picture, best first, scoring ``threshold`` or more; with ``nms`` without near-equal boxes.
 
         A file is turned upright as its EXIF says, and boxes are in pixels of the upright picture. A Pillow picture or
         a uint8 array (H,W,3) in RGB order is taken as it is. Raises ImageError for a picture that cannot be read,
@@ -139,9 +143,12 @@ class Detector:
 
     def _result(self, found: ImageDetections, size_hw: tuple[int, int]) -> Detections:
         is_kept = found.scores >= self.threshold
-        columns = (found.boxes_xyxy_px, found.scores, found.labels)
+        columns = [column[is_kept] for column in (found.boxes_xyxy_px, found.scores, found.labels)]
+        if self.nms is not None:
+            rows = rows_without_overlaps(columns[0], columns[2], self.nms)
+            columns = [column[rows] for column in columns]
         items = tuple(
             Detection(self._classes.name(index), self._classes.category_ids[index], score, Box(*box), index)
-            for box, score, index in zip(*(column[is_kept].tolist() for column in columns), strict=True)
+            for box, score, index in zip(*(column.tolist() for column in columns), strict=True)
         )
         return Detections(items, size_hw[1], size_hw[0], found.dropped)
