@@ -49,7 +49,7 @@ def dozen(tmp_path: Path) -> Path:
 def test_seven_shards_merged_in_any_order_are_the_single_run_byte_for_byte(
     model: str, dozen: Path, tmp_path: Path
 ) -> None:
-    options = ("-q", "--format", FORMATS, "--nms", "0.9")
+    options = ("-q", "--format", FORMATS, "--nms", "0.05")
     assert detect(model, dozen, "-o", tmp_path / "whole", *options) == 3
     codes = [detect(model, dozen, "-o", tmp_path / f"{n}", *options, "--shard", f"{n}/7") for n in range(1, 8)]
     assert sorted(codes) == [0] * 6 + [3]
@@ -57,6 +57,43 @@ def test_seven_shards_merged_in_any_order_are_the_single_run_byte_for_byte(
     assert main(["detect", "--merge", *map(str, shards), "-o", str(tmp_path / "merged"), "-q"]) == 3
     assert results_in(tmp_path / "merged") == results_in(tmp_path / "whole")
     assert json.loads((tmp_path / "merged/run.json").read_text())["counts"]["processed"] == 11
+
+
+@pytest.fixture(params=["tar", "url", "video"])
+def elsewhere(request: pytest.FixtureRequest, dozen: Path, tmp_path: Path) -> str:
+    """A source whose pictures are no files of their own."""
+    if request.param == "tar":
+        subprocess.run(["tar", "-cf", tmp_path / "in.tar", "-C", dozen, "."], check=True)
+        return str(tmp_path / "in.tar")
+    if request.param == "url":
+        fsspec = pytest.importorskip("fsspec")
+        for path in dozen.rglob("*.png"):
+            fsspec.filesystem("memory").pipe(f"/{tmp_path.name}/{path.name}", path.read_bytes())
+        return f"memory://{tmp_path.name}/"
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "clip.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
+        for number in range(12):
+            values = np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(values, format="rgb24")))
+        container.mux(stream.encode(None))
+    return str(tmp_path / "clip.mkv")
+
+
+def test_the_sheet_of_merged_shards_shows_pictures_that_are_no_files_too(
+    model: str, elsewhere: str, tmp_path: Path
+) -> None:
+    options = ("-q", "--format", "sheet")
+    detect(model, elsewhere, "-o", tmp_path / "whole", *options)
+    for n in (1, 2):
+        detect(model, elsewhere, "-o", tmp_path / f"{n}", *options, "--shard", f"{n}/2")
+    main(["detect", "--merge", str(tmp_path / "1"), str(tmp_path / "2"), "-o", str(tmp_path / "merged"), "-q"])
+    assert results_in(tmp_path / "merged") == results_in(tmp_path / "whole")
+    with Image.open(tmp_path / "merged/sheet.jpg") as sheet:
+        pixels = np.asarray(sheet.convert("RGB")).astype(int)
+    is_coloured = pixels.max(axis=2) - pixels.min(axis=2) > 60
+    assert is_coloured.sum() > 5000  # of noise; a field without its picture is grey
 
 
 def test_what_is_not_all_of_one_run_is_not_merged(

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from ddetr_cli.classes import ClassTable
+from ddetr_cli.detect.archives import Member
 from ddetr_cli.detect.journal import Finished, Journal, RunHeader, result_from, result_line
+from ddetr_cli.detect.remote import Remote
 from ddetr_cli.detect.run import ImageResult
 from ddetr_cli.detect.sources import Input
+from ddetr_cli.detect.video import Frame, Video
 from ddetr_cli.errors import OutputError, UsageError
 
 INPUTS = [Input(Path(f"in/{name}"), name) for name in ("a.jpg", "b.jpg", "bad\udcff\n.jpg")]
@@ -33,6 +36,29 @@ def test_a_result_comes_back_from_its_line_to_the_last_bit_but_for_its_time() ->
         assert result_from(json.loads(result_line(number, whole))) == result(number)
     failed = result(0, "no such file. Check the path.")
     assert result_from(json.loads(result_line(0, failed))) == failed
+
+
+@pytest.mark.parametrize(
+    "origin", [Member(Path("in/x\udcff.tar"), 512, 3000), Remote("https://example.org/a.jpg?b=1")]
+)
+def test_an_input_within_an_archive_or_behind_a_url_comes_back_whole(origin: Member | Remote) -> None:
+    there = ImageResult(Input(Path("in/x.tar/a.jpg"), "x.tar/a.jpg", origin=origin), 1, (4, 3))
+    assert result_from(json.loads(result_line(0, there))) == there
+
+
+def test_the_frames_of_one_video_come_back_sharing_it(tmp_path: Path) -> None:
+    video = Video(Path("clip.mp4"))
+    journal = Journal.begin(tmp_path / "j", HEADER)
+    for number in range(2):
+        item = Input(Path(f"clip.mp4/{number}"), f"clip.mp4/{number}", origin=Frame(video, 5 * number))
+        journal.add(number, ImageResult(item, number, (4, 3)))
+    journal.close()
+    finished = Finished([tmp_path / "j"])
+    first, second = (finished.read(number).input.origin for number in range(2))
+    assert isinstance(first, Frame)
+    assert isinstance(second, Frame)
+    assert (first.video.path, first.number, second.number) == (video.path, 0, 5)
+    assert first.video is second.video
 
 
 def test_what_was_added_is_finished_when_the_run_goes_on(tmp_path: Path) -> None:

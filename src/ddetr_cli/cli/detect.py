@@ -31,11 +31,8 @@ from ddetr_cli.errors import UsageError
 from ddetr_cli.presets import FASTER_RCNN
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ddetr_cli.detect.run import Sink
     from ddetr_cli.detect.selection import Selection
-    from ddetr_cli.detect.sources import Input
     from ddetr_cli.inference.predictor import Predictor
     from ddetr_cli.weights import LoadedModel
 
@@ -263,10 +260,9 @@ def detect(
             processes.take_folder(folder, inputs.images, formats=wanted, overwrite=overwrite, resume=resume)
 
         from ddetr_cli.detect.journal import RunHeader
-        from ddetr_cli.detect.reading import read_input
         from ddetr_cli.detect.run import detect_images
         from ddetr_cli.detect.sinks.assemble import make_sinks, make_stream_sink
-        from ddetr_cli.detect.sinks.sheet import THUMBNAIL_PX
+        from ddetr_cli.detect.sinks.sheet import thumbnail_reader
         from ddetr_cli.inference.tiles import Tiling
 
         loaded, predictor = open_predictor(
@@ -295,9 +291,7 @@ def detect(
             inputs.images, loaded.classes, info=info, options=options, formats=sorted(wanted), shard=part
         )
 
-        def thumbnail(item: Input) -> Image.Image:
-            return read_input(item, short=THUMBNAIL_PX, max_pixels=max_pixels, allow_truncated=allow_truncated).image
-
+        thumbnails = thumbnail_reader(max_pixels=max_pixels, allow_truncated=allow_truncated)
         positions = processes.stretch(header.positions)
         summary = journal = None
         try:
@@ -310,7 +304,7 @@ def detect(
                 # As the run began, so that a model that was moved since makes no difference.
                 info = journal.finished.headers[0].info if journal.finished.headers else info
                 sinks = processes.make_sinks(
-                    lambda formats: make_sinks(folder, formats, loaded.classes, info, read=thumbnail), wanted
+                    lambda formats: make_sinks(folder, formats, loaded.classes, info, read=thumbnails), wanted
                 )
             done = 0 if journal is None else sum(position in journal.finished for position in positions)
             if resume:

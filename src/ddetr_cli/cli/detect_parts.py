@@ -180,6 +180,7 @@ def merge_shards(folders: Sequence[Path], output: Path, *, overwrite: bool, quie
     from ddetr_cli.detect.session import own_folder
     from ddetr_cli.detect.sinks.assemble import make_sinks
     from ddetr_cli.detect.sinks.output import prepare_output
+    from ddetr_cli.detect.sinks.sheet import thumbnail_reader
 
     header, finished = read_parts(folders)
     prepare_output(output, [], overwrite=overwrite, formats=header.formats)
@@ -188,7 +189,8 @@ def merge_shards(folders: Sequence[Path], output: Path, *, overwrite: bool, quie
         summary = None
         try:
             classes = ClassTable.from_json(header.classes)
-            sinks = make_sinks(output, header.formats, classes, header.info, max_pixels=header.options["max_pixels"])
+            thumbnails = thumbnail_reader(**{key: header.options[key] for key in ("max_pixels", "allow_truncated")})
+            sinks = make_sinks(output, header.formats, classes, header.info, read=thumbnails)
             gather_pictures(folders, output)
             summary = replay(finished, header.positions, sinks)
             write_journal(output / JOURNAL_FILE, header, finished)

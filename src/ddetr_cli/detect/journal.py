@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ddetr_cli.atomic import output_error, write_atomically
+from ddetr_cli.detect.archives import Member
+from ddetr_cli.detect.remote import Remote
 from ddetr_cli.detect.run import ImageResult
 from ddetr_cli.detect.sources import Input
+from ddetr_cli.detect.video import Frame, Video
 from ddetr_cli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -122,6 +125,7 @@ class Finished:
         self._paths = list(paths)
         self._places: dict[int, tuple[int, int]] = {}
         self._failed: set[int] = set()
+        self._videos: dict[str, Video] = {}
         for number in range(len(self._paths)):
             self._scan(number)
 
@@ -139,7 +143,8 @@ class Finished:
     def read(self, position: int, item: Input | None = None) -> ImageResult:
         """The result of one, of ``item`` or else of an input by the path and name it had."""
         try:
-            return result_from(json.loads(self.line(position)), item)
+            row = json.loads(self.line(position))
+            return result_from(row, item or input_from(row, self._videos))
         except (ValueError, KeyError, TypeError) as error:
             path = self._paths[self._places[position][0]]
             raise OutputError(f"{path}: damaged ({error}). Start anew with --overwrite.") from error
@@ -268,17 +273,42 @@ def result_line(position: int, result: ImageResult) -> bytes:
     """One line of JSON from which ``result_from`` makes the same result; only the time it took is left out."""
     row: dict[str, Any] = {"position": position, "failed": result.failure is not None}
     row |= {"path": str(result.input.path), "name": result.input.name}
+    if result.input.origin is not None:
+        row["origin"] = _origin_row(result.input.origin)
     row |= {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in ("input", "seconds")}
     return _line(row)
 
 
 def result_from(row: dict[str, Any], item: Input | None = None) -> ImageResult:
-    """The result in a row of a journal, of ``item`` or else of an input by the path and name noted there."""
+    """The result in a row of a journal, of ``item`` or else of the input that is noted there."""
     values = {f.name: row[f.name] for f in dataclasses.fields(ImageResult) if f.name in row}
-    values["input"] = item or Input(Path(row["path"]), row["name"])
+    values["input"] = item or input_from(row, {})
     values["boxes_xyxy_px"] = [tuple(box) for box in row["boxes_xyxy_px"]]
     values["size_wh"] = None if row["size_wh"] is None else tuple(row["size_wh"])
     return ImageResult(**values)
+
+
+def input_from(row: dict[str, Any], videos: dict[str, Video]) -> Input:
+    """The input in a row of a journal; frames of one file share one of ``videos``, which grow."""
+    origin: Member | Remote | Frame | None = None
+    match row.get("origin"):  # absent for a file that is the picture
+        case ["tar", archive, offset, size]:
+            origin = Member(Path(archive), offset, size)
+        case ["url", url]:
+            origin = Remote(url)
+        case ["frame", path, number]:
+            origin = Frame(videos.setdefault(path, Video(Path(path))), number)
+    return Input(Path(row["path"]), row["name"], origin=origin)
+
+
+def _origin_row(origin: Member | Remote | Frame) -> list[str | int]:
+    match origin:
+        case Member(archive, offset, size):
+            return ["tar", str(archive), offset, size]
+        case Remote(url):
+            return ["url", url]
+        case Frame(video, number):
+            return ["frame", str(video.path), number]
 
 
 def _line(value: dict[str, Any]) -> bytes:

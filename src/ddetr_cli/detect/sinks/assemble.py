@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ddetr_cli.atomic import AtomicFile
-from ddetr_cli.data.formats import MAX_PIXELS
-from ddetr_cli.data.images import read_reduced
 from ddetr_cli.detect.sinks.coco import CocoRowsSink, CocoSink
 from ddetr_cli.detect.sinks.formats import FAILURES_FILE, FORMATS, LINES_FILE, TABLE_FILE
 from ddetr_cli.detect.sinks.pictures import CropsSink, PicturesSink
-from ddetr_cli.detect.sinks.sheet import THUMBNAIL_PX, SheetSink
+from ddetr_cli.detect.sinks.sheet import SheetSink, thumbnail_reader
 from ddetr_cli.detect.sinks.tables import CsvSink, JsonLinesSink
 from ddetr_cli.detect.sinks.yolo import YoloSink
 
@@ -33,17 +31,12 @@ def make_sinks(
     info: dict[str, Any],
     *,
     read: Callable[[Input], Image.Image] | None = None,
-    max_pixels: int = MAX_PIXELS,
 ) -> list[Sink]:
     """One sink for each of ``formats`` (keys of FORMATS), writing into the folder ``output``.
 
     ``info`` goes into images.json. ``read`` gives an input's picture, perhaps reduced, for the contact sheet.
     Raises OutputError, with nothing left behind.
     """
-
-    def reduced(item: Input) -> Image.Image:
-        return read_reduced(item.path, THUMBNAIL_PX, max_pixels=max_pixels)[0]
-
     makers: dict[str, Callable[[], Sink]] = {
         "coco": lambda: CocoSink(output, classes, info),
         "jsonl": lambda: JsonLinesSink(AtomicFile(output / LINES_FILE), classes),
@@ -51,7 +44,7 @@ def make_sinks(
         "yolo": lambda: YoloSink(output, classes),
         "images": lambda: PicturesSink(output, classes),
         "crops": lambda: CropsSink(output, classes),
-        "sheet": lambda: SheetSink(output, classes, read or reduced),
+        "sheet": lambda: SheetSink(output, classes, read or thumbnail_reader()),
     }
     sinks: list[Sink] = []
     try:
