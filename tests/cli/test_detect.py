@@ -169,6 +169,7 @@ def test_when_every_image_is_bad_the_results_are_empty_and_the_exit_code_4(model
         ["--batch-size", "1000000000"],
         ["--image-size", "0"],
         ["--max-pixels", "0"],
+        ["--read-timeout", "-1"],
         ["--precision", "int8"],
         ["--device", "gpu"],
         ["--device", ""],

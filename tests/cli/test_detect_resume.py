@@ -233,6 +233,42 @@ def test_a_picture_that_crashes_the_program_is_found_and_left_out(model: str, ph
     assert "the program died at this picture" in failed["sub/b.png"]
 
 
+@pytest.mark.slow
+def test_a_picture_that_never_ends_is_given_up_and_tried_again_when_resumed(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Stands for a disk of the network that is gone: opening waits for a writer that never comes, in a thread that
+    # nothing can end but the end of the process.
+    code = (
+        "import sys\n"
+        "from ddetr_cli.detect import reading\n"
+        "read = reading.read_picture\n"
+        "def hang(path, **options):\n"
+        "    if path.name in ('b.png', 'c.tif'):\n"
+        "        open(sys.argv[-1] + '/pipe').read()\n"
+        "    return read(path, **options)\n"
+        "reading.read_picture = hang\n"
+        "from ddetr_cli.cli.app import main\n"
+        "sys.exit(main(sys.argv[1:-1]))"
+    )
+    os.mkfifo(tmp_path / "pipe")
+    shutil.copy(photos / "a.jpg", photos / "z.jpg")
+    output = tmp_path / "out"
+    options = ["-m", model, "--device", "cpu", "-t", "0.2", "--format", "coco,images,sheet", "-o", str(output)]
+    arguments = ["detect", str(photos), *options, "--read-timeout", "2", "--workers", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("not read within 2 s (its disk or server does not answer). Try again with --resume") == 2
+    assert "processed 2, failed 2, skipped 0" in done.stderr
+    assert states(output)[0] == "finished"
+    assert main(["detect", str(photos), *options, "--resume"]) == 0
+    assert "resumed: 2 of 4 images are finished already" in capsys.readouterr().err
+    assert main(["detect", str(photos), *options[:-1], str(tmp_path / "straight"), "-q"]) == 0
+    resumed, straight = results_in(output), results_in(tmp_path / "straight")
+    assert straight.pop("journal.jsonl") < resumed.pop("journal.jsonl")  # it tells of the failures too
+    assert resumed == straight
+
+
 class Detections:
     """Starts ``ddetr detect`` in processes of their own; all imports are done once, before."""
 

@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -167,6 +168,20 @@ def test_urls_are_fetched_and_one_that_is_missing_fails_alone(
     assert found["a.jpg"] == plain["a.jpg"]
     assert found["sub/b.png"] == plain["sub/b.png"]
     assert "cannot be fetched" in found["gone.jpg"][0]
+
+
+def test_a_server_that_takes_a_request_and_never_answers_fails_its_picture_alone(
+    model: str, photos: Path, tmp_path: Path, plain: dict[str, list[Any]]
+) -> None:
+    pytest.importorskip("fsspec")
+    pytest.importorskip("aiohttp")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/slow.jpg"
+        assert detect(model, tmp_path / "out", url, photos, "--read-timeout", 1) == 3
+    found = found_in(tmp_path / "out")
+    reason = next(rows[0] for name, rows in found.items() if name.endswith("slow.jpg"))
+    assert reason.startswith("not read within 1 s")
+    assert {name: found[name] for name in plain} == plain
 
 
 def test_a_folder_of_an_object_store_is_searched_and_patterns_match(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ddetr_cli.cli import console
+from ddetr_cli.cli.detect_options import parse_formats, parse_shard, read_lists
 from ddetr_cli.cli.detect_parts import merge_shards, open_processes
 from ddetr_cli.cli.detect_report import Report, exit_code
 from ddetr_cli.cli.predictor import (
@@ -25,6 +25,7 @@ from ddetr_cli.cli.predictor import (
     open_predictor,
 )
 from ddetr_cli.data.formats import MAX_PIXELS
+from ddetr_cli.detect.patience import READ_TIMEOUT
 from ddetr_cli.detect.selection import make_selection, parse_thresholds
 from ddetr_cli.detect.sinks.formats import DRAWN, FORMATS, STREAMED
 from ddetr_cli.errors import UsageError
@@ -181,6 +182,16 @@ def detect(
             help="Take files that break off as far as they go, and mark them; the rest of such a picture is made up.",
         ),
     ] = False,
+    read_timeout: Annotated[
+        int,
+        typer.Option(
+            "--read-timeout",
+            min=0,
+            max=86_400,
+            metavar="SECONDS",
+            help="Give a picture up that takes longer to read, as from a disk of the network that is gone; 0: never.",
+        ),
+    ] = READ_TIMEOUT,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -215,7 +226,7 @@ def detect(
     most_failures = 0 if fail_fast else max_failures
     if quiet and verbose:
         raise UsageError("--quiet and --verbose: contradict each other. Give one.")
-    wanted = _parse_formats(formats)
+    wanted = parse_formats(formats)
     threshold, by_class = parse_thresholds(thresholds or (), default=0.5)
     names = None if class_list is None else [name.strip() for name in class_list.split(",") if name.strip()]
     if names == []:
@@ -237,7 +248,7 @@ def detect(
         raise UsageError("--skip-failed: only with --resume.")
     if resume and to_stdout:
         raise UsageError("--resume: not with --output - (stdout keeps no journal). Give a folder.")
-    part = _parse_shard(shard)
+    part = parse_shard(shard)
     folder = None if to_stdout else Path(output)
     if merge:
         if folder is None or resume or part != (1, 1):
@@ -252,7 +263,7 @@ def detect(
 
         from ddetr_cli.detect.sources import find_inputs
 
-        named, listed = _read_lists(sources or [], list_file, null=null)
+        named, listed = read_lists(sources or [], list_file, null=null)
         if processes.count > 1 and "-" in (*(sources or ()), list_file):
             raise UsageError("source '-': not with several processes. Give --list a file.")
         inputs = find_inputs(named, output=folder, recursive=recursive, listed=listed, every=every, limit=limit)
@@ -291,7 +302,9 @@ def detect(
             inputs.images, loaded.classes, info=info, options=options, formats=sorted(wanted), shard=part
         )
 
-        thumbnails = thumbnail_reader(max_pixels=max_pixels, allow_truncated=allow_truncated)
+        thumbnails = thumbnail_reader(
+            max_pixels=max_pixels, allow_truncated=allow_truncated, read_timeout=read_timeout
+        )
         positions = processes.stretch(header.positions)
         summary = journal = None
         try:
@@ -322,6 +335,7 @@ def detect(
                     max_pixels=max_pixels,
                     draft=draft,
                     allow_truncated=allow_truncated,
+                    read_timeout=read_timeout,
                     workers=workers,
                     positions=positions,
                     journal=journal,
@@ -337,42 +351,6 @@ def detect(
     code = stop.exit_code if summary.unfinished and stop.requested else exit_code(summary)
     if code and (processes.is_main or summary.unfinished):
         raise typer.Exit(code)
-
-
-def _read_lists(sources: list[str], list_file: str | None, *, null: bool) -> tuple[list[str], list[str]]:
-    """The sources that were named, and those in the lists. Raises UsageError."""
-    from ddetr_cli.detect.sources import parse_list
-
-    lists = [*(source for source in sources if source == "-"), *([] if list_file is None else [list_file])]
-    if not sources and not lists:
-        raise typer.BadParameter("none given. Give pictures, folders, or --list FILE.", param_hint="SOURCES")
-    if null and not lists:
-        raise UsageError("--null: only with a list (--list FILE, or - for stdin).")
-    if lists.count("-") > 1:
-        raise UsageError("'-': given twice, but stdin can be read once.")
-    listed: list[str] = []
-    for name in lists:
-        try:
-            data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        except (OSError, AttributeError) as error:
-            raise UsageError(f"--list {name}: cannot be read ({error}). Give a file of paths.") from error
-        listed += parse_list(data, null=null)
-    return [source for source in sources if source != "-"], listed
-
-
-def _parse_shard(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UsageError(f"--shard {text!r}: not a part. Give I/N with I from 1 to N, as 3/7.")
-    return int(number), int(count)
-
-
-def _parse_formats(text: str) -> frozenset[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in FORMATS]
-    if unknown or not names:
-        raise UsageError(f"--format {text!r}: unknown. Choose any of {', '.join(FORMATS)}.")
-    return frozenset(names)
 
 
 def _info(loaded: LoadedModel, predictor: Predictor, selection: Selection, *, draft: bool) -> dict[str, object]:

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from ddetr_cli.data.images import Picture, read_picture
+from ddetr_cli.detect.patience import call_within
 from ddetr_cli.detect.video import Frame
 from ddetr_cli.errors import ImageError
 from ddetr_cli.inference.ahead import map_ahead
@@ -38,18 +39,38 @@ class Numbered(NamedTuple):
     image_id: int
 
 
-def read_input(item: Input, *, short: int | None = None, max_pixels: int, allow_truncated: bool = False) -> Picture:
-    """The picture of an input, wherever it comes from, as ``read_picture`` gives it. Raises ImageError."""
-    if isinstance(item.origin, Frame):
-        frame = item.origin.picture(max_pixels)
-        return Picture(frame, frame.size)
-    return read_picture(
-        item.path,
-        opener=None if item.origin is None else item.origin.open,
-        short=short,
-        max_pixels=max_pixels,
-        allow_truncated=allow_truncated,
-    )
+def read_input(
+    item: Input,
+    *,
+    short: int | None = None,
+    max_pixels: int,
+    allow_truncated: bool = False,
+    read_timeout: float = 0,
+) -> Picture:
+    """The picture of an input, wherever it comes from, as ``read_picture`` gives it. Raises ImageError.
+
+    One that takes longer than ``read_timeout`` seconds is given up, unless that is 0; a thread stays behind with it.
+    """
+
+    def read() -> Picture:
+        if isinstance(item.origin, Frame):
+            frame = item.origin.picture(max_pixels)
+            return Picture(frame, frame.size)
+        return read_picture(
+            item.path,
+            opener=None if item.origin is None else item.origin.open,
+            short=short,
+            max_pixels=max_pixels,
+            allow_truncated=allow_truncated,
+        )
+
+    try:
+        return call_within(read_timeout, read)
+    except TimeoutError as error:
+        raise ImageError(
+            f"{item.where}: not read within {read_timeout:g} s (its disk or server does not answer). "
+            "Try again with --resume, or give --read-timeout more."
+        ) from error
 
 
 def picture_nbytes(picture: Image.Image) -> int:
@@ -84,6 +105,7 @@ class Reader:
     keeps_pictures: bool
     draft: bool
     allow_truncated: bool = False
+    read_timeout: float = 0
 
     def __call__(self, numbered: Numbered) -> Read:
         item = numbered.item
@@ -92,7 +114,13 @@ class Reader:
             return read
         short = self.predictor.image_size if self.draft and not self.keeps_pictures else None
         try:
-            picture = read_input(item, short=short, max_pixels=self.max_pixels, allow_truncated=self.allow_truncated)
+            picture = read_input(
+                item,
+                short=short,
+                max_pixels=self.max_pixels,
+                allow_truncated=self.allow_truncated,
+                read_timeout=self.read_timeout,
+            )
             read.size_wh, read.is_truncated = picture.size_wh, picture.is_truncated
             read.prepared = self.predictor.prepare(picture.image, (read.size_wh[1], read.size_wh[0]))
             read.picture = picture.image if self.keeps_pictures else None

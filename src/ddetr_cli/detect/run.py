@@ -92,6 +92,7 @@ def detect_images(
     max_pixels: int,
     draft: bool = False,
     allow_truncated: bool = False,
+    read_timeout: float = 0,
     workers: int | None = None,
     positions: range | None = None,
     journal: Journal | None = None,
@@ -101,8 +102,9 @@ def detect_images(
     """Run ``predictor`` over ``inputs`` and give every result to ``sinks``, then to ``on_result``, in input order.
 
     Of the detections those that ``selection`` keeps are results. With ``draft`` large JPEGs are decoded at reduced
-    size, unless a sink draws. ``workers`` threads read and draw beside the model; None chooses. ``positions``: only
-    these of the inputs; ids are those of the whole.
+    size, unless a sink draws. A picture that takes longer to read than ``read_timeout`` seconds fails; 0 waits for
+    ever. ``workers`` threads read and draw beside the model; None chooses. ``positions``: only these of the inputs;
+    ids are those of the whole.
 
     What ``journal`` has finished goes to the sinks as it was, without a file and not to ``on_result``; every other
     result is added to it when the sinks have it. When ``should_stop`` says so the run ends after the images in work;
@@ -117,7 +119,7 @@ def detect_images(
     pool = HelperPool(threads, thread_name_prefix="ddetr")
     keeper = _Keeper(pool, sinks, on_result, inputs, ids, positions, journal)
     keeps_pictures = any(sink.render is not None for sink in sinks)
-    reader = Reader(predictor, max_pixels, keeps_pictures, draft, allow_truncated)
+    reader = Reader(predictor, max_pixels, keeps_pictures, draft, allow_truncated, read_timeout)
     has_suspects = journal is not None and journal.has_suspects
     on_alone = journal.note_trying if journal is not None and has_suspects else None
     try:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from ddetr_cli.atomic import write_atomically
 from ddetr_cli.data.formats import MAX_PIXELS
 from ddetr_cli.detect.drawing import PALETTE, draw_detections, label_name, load_font, spell
+from ddetr_cli.detect.patience import READ_TIMEOUT
 from ddetr_cli.detect.reading import read_input
 from ddetr_cli.detect.sources import SHEET_FILE
 from ddetr_cli.errors import ImageError
@@ -157,12 +158,18 @@ class SheetSink:
 
 
 def thumbnail_reader(
-    *, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False
+    *, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False, read_timeout: float = READ_TIMEOUT
 ) -> Callable[[Input], Image.Image]:
     """What reads an input once more for the sheet, reduced where that is quicker. It raises ImageError."""
 
     def read(item: Input) -> Image.Image:
-        return read_input(item, short=THUMBNAIL_PX, max_pixels=max_pixels, allow_truncated=allow_truncated).image
+        return read_input(
+            item,
+            short=THUMBNAIL_PX,
+            max_pixels=max_pixels,
+            allow_truncated=allow_truncated,
+            read_timeout=read_timeout,
+        ).image
 
     return read
 

@@ -1,0 +1,46 @@
+"""Waiting that ends: a network disk that is gone blocks whoever reads from it for ever, and nothing wakes it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Result = TypeVar("Result")
+
+READ_TIMEOUT = 300  # s; no picture that is accepted takes nearly as long
+
+
+def call_within(seconds: float, function: Callable[[], Result]) -> Result:
+    """What ``function`` gives or raises; TimeoutError where that takes longer. 0 waits without end.
+
+    It runs on a thread of its own, which after a TimeoutError is left to itself: the end of the process ends it too.
+    """
+    if not seconds:
+        return function()
+    outcome: list[tuple[Result, None] | tuple[None, BaseException]] = []
+
+    def work() -> None:
+        try:
+            outcome.append((function(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    # Not of a pool: those are waited for at the end of the process.
+    thread = threading.Thread(target=work, name="ddetr-read", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the system gives no more threads (ulimit -u)
+        return function()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError
+    result, error = outcome.pop()
+    if error is None:
+        return result  # type: ignore[return-value]
+    try:
+        raise error
+    finally:
+        error = None  # its traceback holds this frame: a ring that would keep the picture's memory
