@@ -191,6 +191,26 @@ def test_handles_are_given_back_over_the_whole_corpus_of_bad_pictures(
 
 
 @pytest.mark.slow
+def test_a_picture_and_a_folder_that_the_system_refuses_fail_by_name(model: str, mixed: Path, tmp_path: Path) -> None:
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("no strace on this system")
+    (mixed / "locked").mkdir()
+    refused = [mixed / "0.png", mixed / "locked"]
+    # The system says of these two what it says to a user without permission; root has it for everything.
+    tracing = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=openat:error=EACCES"]
+    tracing += [option for path in refused for option in ("-P", str(path))]
+    command = [sys.executable, "-c", RUN, "detect", str(mixed), "-m", model, "--device", "cpu", "--format", "coco"]
+    done = subprocess.run([*tracing, *command, "-o", str(tmp_path / "out")], capture_output=True, text=True)
+    if "strace" in done.stderr:
+        pytest.skip(f"strace may not trace here: {done.stderr.strip()}")
+    assert done.returncode == 3, done.stderr
+    assert f"{refused[0]}: permission denied. Make the file readable." in done.stderr
+    assert f"{refused[1]}: folder cannot be read (Permission denied). Check its permissions." in done.stderr
+    assert "processed 6, failed 5, skipped 0" in done.stderr
+
+
+@pytest.mark.slow
 def test_without_permission_a_picture_and_a_folder_fail_by_name(model: str, mixed: Path, tmp_path: Path) -> None:
     setpriv = shutil.which("setpriv")
     if setpriv is None or os.geteuid() != 0:

@@ -70,6 +70,18 @@ def cut_journal(output: Path, lines: int) -> None:
     (output / ".ddetr-1-0.tmp").write_text("[")
 
 
+def traced(inject: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """``command`` under strace, which makes some of its system calls fail."""
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("no strace on this system")
+    tracing = [strace, "-f", "-qq", "-o", "/dev/null", "-e", inject]
+    done = subprocess.run([*tracing, *command], capture_output=True, text=True)
+    if "strace" in done.stderr:
+        pytest.skip(f"strace may not trace here: {done.stderr.strip()}")
+    return done
+
+
 def test_a_resumed_run_does_only_what_was_not_finished_and_ends_with_the_same_bytes(
     model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +245,74 @@ def test_a_picture_that_crashes_the_program_is_found_and_left_out(model: str, ph
     assert "the program died at this picture" in failed["sub/b.png"]
 
 
+@pytest.mark.parametrize("kind", ["AcceleratorError", "RuntimeError"])
+def test_a_device_that_is_lost_exits_8_and_what_was_finished_is_not_done_again(
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    import torch
+
+    from ddetr_cli.inference.predictor import Predictor
+
+    many_photos(tmp_path / "in", 8)  # the third of which is none
+    forward, output, calls = Predictor.forward, tmp_path / "out", []
+
+    def lose(predictor: Predictor, pixels: torch.Tensor) -> object:
+        calls.append(len(pixels))
+        if len(calls) > 3:
+            raise getattr(torch, kind, RuntimeError)(
+                "CUDA error: an illegal memory access was encountered\nCompile ..."
+            )
+        return forward(predictor, pixels)
+
+    monkeypatch.setattr(Predictor, "forward", lose)
+    assert detect(model, tmp_path / "in", "-o", output) == 8
+    assert len(calls) == 4  # and not once for each picture left
+    err = capsys.readouterr().err
+    assert "ddetr: error: device cpu: failed (CUDA error: an illegal memory access was encountered). Run" in err
+    images = json.loads((output / "images.json").read_text())["images"]
+    assert ["not processed (device cpu: failed" in image.get("failed", "") for image in images] == [False] * 4 + [
+        True
+    ] * 4
+    assert len((output / "journal.jsonl").read_bytes().splitlines()) == 1 + 4
+    monkeypatch.undo()
+    assert detect(model, tmp_path / "in", "-o", output, "--resume") == 3
+    assert "resumed: 3 of 8 images are finished already" in capsys.readouterr().err
+    assert detect(model, tmp_path / "in", "-o", tmp_path / "straight", "-q") == 3
+    resumed, straight = results_in(output), results_in(tmp_path / "straight")
+    assert resumed == straight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [("fsync", 1), ("fsync", 3), ("rename,renameat,renameat2", 4), ("rename,renameat,renameat2", 6)],
+)
+def test_a_disk_that_fails_while_an_earlier_run_is_replaced_exits_7_and_leaves_whole_files(
+    model: str, photos: Path, tmp_path: Path, call: str, number: int
+) -> None:
+    output = tmp_path / "out"
+    assert detect(model, photos, "-o", output, "-q") == 0
+    before = results_in(output)
+    options = ["-m", model, "--device", "cpu", "-t", "0.1", "-q", "-o"]
+    command = [sys.executable, "-c", RUN, "detect", str(photos), *options, str(output), "--overwrite"]
+    # Journal, run.json, (pictures, without fsync), detections.json, images.json, run.json: from there on all fail.
+    done = traced(f"inject={call}:error=EIO:when={number}+", command)
+    assert done.returncode == 7, done.stderr
+    assert "not written (Input/output error)" in done.stderr
+    assert "Traceback" not in done.stderr
+    after = results_in(output)
+    for name in ("detections.json", "images.json"):
+        assert after[name] == before[name]
+    assert set(after) == set(before)
+    assert main(["detect", str(photos), *options, str(output), "--overwrite"]) == 0
+    assert main(["detect", str(photos), *options, str(tmp_path / "straight")]) == 0
+    assert results_in(output) == results_in(tmp_path / "straight")
+
+
 @pytest.mark.slow
 def test_a_picture_that_never_ends_is_given_up_and_tried_again_when_resumed(
     model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -319,9 +399,6 @@ def test_a_run_of_200_images_killed_at_50_random_moments_ends_with_the_same_byte
 
 @pytest.mark.slow
 def test_a_run_killed_in_every_rename_ends_with_the_same_bytes(model: str, photos: Path, tmp_path: Path) -> None:
-    strace = shutil.which("strace")
-    if strace is None:
-        pytest.skip("no strace on this system")
     assert detect(model, photos, "-o", tmp_path / "straight", "-q") == 0
     whole = results_in(tmp_path / "straight")
     output = tmp_path / "out"
@@ -329,12 +406,7 @@ def test_a_run_killed_in_every_rename_ends_with_the_same_bytes(model: str, photo
     command += ["-o", str(output), "--resume"]
     for number in range(1, 20):
         shutil.rmtree(output, ignore_errors=True)
-        inject = f"inject=rename,renameat,renameat2:signal=SIGKILL:when={number}"
-        done = subprocess.run(
-            [strace, "-f", "-qq", "-o", "/dev/null", "-e", inject, *command], capture_output=True, text=True
-        )
-        if "strace" in done.stderr:
-            pytest.skip(f"strace may not trace here: {done.stderr.strip()}")
+        done = traced(f"inject=rename,renameat,renameat2:signal=SIGKILL:when={number}", command)
         if done.returncode == 0:
             break
         assert detect(model, photos, "-o", output, "-q", "--resume") == 0

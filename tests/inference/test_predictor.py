@@ -199,11 +199,19 @@ def test_an_image_too_large_even_alone_fails_by_itself(loaded: LoadedModel, erro
         predictor.predict(pictures)
 
 
-def test_a_lost_device_is_a_device_error_and_not_one_failed_image(loaded: LoadedModel) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( ... )`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    ],
+)
+def test_a_lost_device_is_a_device_error_and_not_one_failed_image(loaded: LoadedModel, error: RuntimeError) -> None:
     def lose(pixels: torch.Tensor) -> None:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        raise error
 
-    with pytest.raises(DeviceError, match="illegal memory access"):
+    with pytest.raises(DeviceError, match=r"device cpu: failed \((CUDA|cuDNN) error: [^\n]*\). Run again, or use"):
         Predictor(with_model(loaded, Recorder(lose)), device="cpu").predict_each([noise(64, 64)])
 
 

@@ -9,6 +9,7 @@ CPU every image runs alone, so its result is bit-identical whatever its neighbou
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ddetr_cli.model.faster_rcnn import SuppressedOutput
     from ddetr_cli.presets import ModelConfig
 
+_DEVICE_FAILURE = re.compile(r"(CUDA|cuDNN|HIP) error: ")
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -182,11 +184,12 @@ class Predictor:
             return self._run_batch(images)
         except (torch.OutOfMemoryError, MemoryError):
             pass
-        except torch.AcceleratorError as error:
-            # An illegal access poisons the context: every later call on the device would fail too.
-            why = str(error).strip().splitlines()[0]
-            raise DeviceError(f"device {self.device}: failed ({why}). Run again, or use --device cpu.") from error
         except RuntimeError as error:
+            # cuBLAS and cuDNN fail with a plain RuntimeError.
+            if isinstance(error, torch.AcceleratorError) or _DEVICE_FAILURE.match(str(error)):
+                # An illegal access poisons the context: every later call on the device would fail too.
+                why = str(error).strip().splitlines()[0]
+                raise DeviceError(f"device {self.device}: failed ({why}). Run again, or use --device cpu.") from error
             if "can't allocate memory" not in str(error):  # how the CPU allocator says it
                 raise
         # Outside the except clauses: the exception's traceback would keep the failed run's tensors alive.
