@@ -73,6 +73,13 @@ def test_the_readme_names_every_preset() -> None:
     assert all(f"`{name}`" in text for name in PRESETS)
 
 
+def test_the_tests_that_the_table_of_faults_names_exist() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "tests/README.md").read_text())
+    assert len(named) > 80
+    sources = {path: (ROOT / "tests" / path).read_text() for path, _ in named}
+    assert [f"{path}::{name}" for path, name in named if f"def {name}(" not in sources[path]] == []
+
+
 def test_make_targets_in_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {m[1] for d in DOCUMENTS for line in shell_lines(d) if (m := re.match(r"make ([a-z-]+)", line))}

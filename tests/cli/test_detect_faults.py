@@ -217,6 +217,27 @@ def test_the_fuzzers_corpus_is_all_accounted_for_in_one_run(
 
 
 @pytest.mark.slow
+def test_the_fuzzers_corpus_takes_less_than_2_gib_and_leaves_stdout_clean(
+    model: str, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = data_dir / "bad_images"
+    command = [sys.executable, "-c", RUN, "detect", str(folder), "-m", model, "--device", "cpu"]
+    command += ["--format", "jsonl", "-o", "-", "-q"]
+    with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
+        environment = {**os.environ, "HOME": "/nonexistent"}
+        process = subprocess.Popen(command, stdout=out, stderr=err, cwd=tmp_path, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    names = {name for name in files_in(folder) if any(line["file_name"] == name for line in lines)}
+    assert process.returncode == 3
+    assert len(lines) == len(names) > 200
+    assert all(line["failed"] for line in lines if "failed" in line)
+    assert used.ru_maxrss < 2 * 1024 * 1024  # KiB
+    assert "Traceback" not in (tmp_path / "err").read_text(errors="replace")
+
+
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_leaves_only_whole_files_and_can_be_run_again(model: str, tmp_path: Path) -> None:
     many_photos(tmp_path / "in", 300)
     output = tmp_path / "out"

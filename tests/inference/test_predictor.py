@@ -215,6 +215,21 @@ def test_a_lost_device_is_a_device_error_and_not_one_failed_image(loaded: Loaded
         Predictor(with_model(loaded, Recorder(lose)), device="cpu").predict_each([noise(64, 64)])
 
 
+def test_the_message_of_memory_that_ran_out_tells_how_much_is_free(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(pixels: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    predictor = Predictor(with_model(loaded, Recorder()), device="cpu")
+    monkeypatch.setattr(predictor, "forward", run_out)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 20, 81_000 << 20))
+    predictor.device = torch.device("cuda", 0)
+    (found,) = predictor.predict_each([noise(64, 64)])
+    assert "cuda:0: out of memory (one image at 64x64, 3 of 81000 MiB free)" in str(found)
+
+
 def test_a_defect_of_the_model_is_not_taken_for_lack_of_memory(loaded: LoadedModel) -> None:
     def fail(pixels: torch.Tensor) -> None:
         raise RuntimeError("shape mismatch")
