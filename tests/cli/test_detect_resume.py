@@ -312,30 +312,54 @@ def test_a_disk_that_fails_while_an_earlier_run_is_replaced_exits_7_and_leaves_w
     assert results_in(output) == results_in(tmp_path / "straight")
 
 
+# Stands for a disk of the network that is gone: opening waits for a writer that never comes, in a thread that nothing
+# can end but the end of the process.
+HANG = (
+    "import sys\n"
+    "from ddetr_cli.detect import reading\n"
+    "read = reading.read_picture\n"
+    "def hang(path, **options):\n"
+    "    if path.name in ('b.png', 'c.tif'):\n"
+    "        open(sys.argv[-1] + '/pipe').read()\n"
+    "    return read(path, **options)\n"
+    "reading.read_picture = hang\n"
+    "from ddetr_cli.cli.app import main\n"
+    "sys.exit(main(sys.argv[1:-1]))"
+)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_run_that_waits_for_a_disk_that_is_gone(model: str, photos: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    output = tmp_path / "out"
+    arguments = ["detect", str(photos), "-m", model, "--device", "cpu", "--format", "coco", "-o", str(output)]
+    command = [sys.executable, "-c", HANG, *arguments, "--read-timeout", "86400", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and not (
+            (output / "journal.jsonl").exists() and b'"a.jpg"' in (output / "journal.jsonl").read_bytes()
+        ):
+            time.sleep(0.05)
+        process.terminate()
+        _, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "b.png: not read before the run was stopped (its disk or server does not answer)" in err
+    images = json.loads((output / "images.json").read_text())["images"]
+    assert ["failed" in image for image in images] == [False, True, True]
+
+
 @pytest.mark.slow
 def test_a_picture_that_never_ends_is_given_up_and_tried_again_when_resumed(
     model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Stands for a disk of the network that is gone: opening waits for a writer that never comes, in a thread that
-    # nothing can end but the end of the process.
-    code = (
-        "import sys\n"
-        "from ddetr_cli.detect import reading\n"
-        "read = reading.read_picture\n"
-        "def hang(path, **options):\n"
-        "    if path.name in ('b.png', 'c.tif'):\n"
-        "        open(sys.argv[-1] + '/pipe').read()\n"
-        "    return read(path, **options)\n"
-        "reading.read_picture = hang\n"
-        "from ddetr_cli.cli.app import main\n"
-        "sys.exit(main(sys.argv[1:-1]))"
-    )
     os.mkfifo(tmp_path / "pipe")
     shutil.copy(photos / "a.jpg", photos / "z.jpg")
     output = tmp_path / "out"
     options = ["-m", model, "--device", "cpu", "-t", "0.2", "--format", "coco,images,sheet", "-o", str(output)]
     arguments = ["detect", str(photos), *options, "--read-timeout", "2", "--workers", "1"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", HANG, *arguments, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     assert done.stderr.count("not read within 2 s (its disk or server does not answer). Try again with --resume") == 2
     assert "processed 2, failed 2, skipped 0" in done.stderr

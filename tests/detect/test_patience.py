@@ -34,6 +34,13 @@ def test_what_does_not_come_in_time_is_left_to_itself() -> None:
     assert returned.wait(60)
 
 
+def test_a_run_that_is_to_stop_does_not_wait_for_the_limit() -> None:
+    release = threading.Event()
+    with pytest.raises(TimeoutError):
+        call_within(86_400, release.wait, should_stop=lambda: True)
+    release.set()
+
+
 def test_without_a_limit_it_runs_here() -> None:
     assert call_within(0, threading.current_thread) is threading.current_thread()
     assert call_within(60, threading.current_thread) is not threading.current_thread()

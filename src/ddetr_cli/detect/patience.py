@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -11,12 +12,17 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 READ_TIMEOUT = 300  # s; no picture that is accepted takes nearly as long
+_GRACE = 5  # s that are left when the run is to stop
+_LOOK = 0.5  # s between two looks whether it is
 
 
-def call_within(seconds: float, function: Callable[[], Result]) -> Result:
-    """What ``function`` gives or raises; TimeoutError where that takes longer. 0 waits without end.
+def call_within(
+    seconds: float, function: Callable[[], Result], *, should_stop: Callable[[], bool] = lambda: False
+) -> Result:
+    """What ``function`` gives or raises; TimeoutError where that takes longer, or soon after ``should_stop`` says so.
 
-    It runs on a thread of its own, which after a TimeoutError is left to itself: the end of the process ends it too.
+    0 waits without end. It runs on a thread of its own, which after a TimeoutError is left to itself: the end of the
+    process ends it too.
     """
     if not seconds:
         return function()
@@ -34,7 +40,11 @@ def call_within(seconds: float, function: Callable[[], Result]) -> Result:
         thread.start()
     except RuntimeError:  # the system gives no more threads (ulimit -u)
         return function()
-    thread.join(seconds)
+    end, is_stopping = time.monotonic() + seconds, False
+    while thread.is_alive() and (left := end - time.monotonic()) > 0:
+        thread.join(min(left, _LOOK))
+        if not is_stopping and should_stop():
+            is_stopping, end = True, min(end, time.monotonic() + _GRACE)
     if not outcome:
         raise TimeoutError
     result, error = outcome.pop()

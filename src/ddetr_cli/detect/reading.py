@@ -46,10 +46,12 @@ def read_input(
     max_pixels: int,
     allow_truncated: bool = False,
     read_timeout: float = 0,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Picture:
     """The picture of an input, wherever it comes from, as ``read_picture`` gives it. Raises ImageError.
 
     One that takes longer than ``read_timeout`` seconds is given up, unless that is 0; a thread stays behind with it.
+    When ``should_stop`` says so there are only some seconds left.
     """
 
     def read() -> Picture:
@@ -65,10 +67,11 @@ def read_input(
         )
 
     try:
-        return call_within(read_timeout, read)
+        return call_within(read_timeout, read, should_stop=should_stop)
     except TimeoutError as error:
+        within = "before the run was stopped" if should_stop() else f"within {read_timeout:g} s"
         raise ImageError(
-            f"{item.where}: not read within {read_timeout:g} s (its disk or server does not answer). "
+            f"{item.where}: not read {within} (its disk or server does not answer). "
             "Try again with --resume, or give --read-timeout more."
         ) from error
 
@@ -106,6 +109,7 @@ class Reader:
     draft: bool
     allow_truncated: bool = False
     read_timeout: float = 0
+    should_stop: Callable[[], bool] = lambda: False
 
     def __call__(self, numbered: Numbered) -> Read:
         item = numbered.item
@@ -120,6 +124,7 @@ class Reader:
                 max_pixels=self.max_pixels,
                 allow_truncated=self.allow_truncated,
                 read_timeout=self.read_timeout,
+                should_stop=self.should_stop,
             )
             read.size_wh, read.is_truncated = picture.size_wh, picture.is_truncated
             read.prepared = self.predictor.prepare(picture.image, (read.size_wh[1], read.size_wh[0]))

@@ -119,7 +119,7 @@ def detect_images(
     pool = HelperPool(threads, thread_name_prefix="ddetr")
     keeper = _Keeper(pool, sinks, on_result, inputs, ids, positions, journal)
     keeps_pictures = any(sink.render is not None for sink in sinks)
-    reader = Reader(predictor, max_pixels, keeps_pictures, draft, allow_truncated, read_timeout)
+    reader = Reader(predictor, max_pixels, keeps_pictures, draft, allow_truncated, read_timeout, should_stop)
     has_suspects = journal is not None and journal.has_suspects
     on_alone = journal.note_trying if journal is not None and has_suspects else None
     try:
