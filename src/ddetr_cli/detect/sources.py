@@ -175,16 +175,16 @@ class _Search:
             self.found.images.append(Input(archive, name, failure))
 
     def _add_video(self, path: Path, name: str) -> None:
-        video = Video(path)
+        video = Video(path, self.every)
         try:
-            count = video.count
-            if not count:
+            pictures = video.pictures
+            if not pictures:
                 raise ImageError(f"{path}: no frame in it. Copy it again.")
         except ImageError as error:
             self.found.images.append(Input(path, name, str(error).removeprefix(f"{path}: ")))
             return
-        digits = max(6, len(str(count)))
-        for number in range(0, count, self.every):
+        digits = max(6, len(str(pictures.stop)))
+        for number in pictures:
             frame = f"{number:0{digits}d}"
             self.found.images.append(Input(path / frame, f"{name}/{frame}", origin=Frame(video, number)))
 

@@ -35,25 +35,39 @@ class Frame:
 
 
 class Video:
-    """A video file, decoded once from front to back while its frames are asked for in about that order."""
+    """A video file, decoded once from front to back while its frames are asked for in about that order.
 
-    def __init__(self, path: Path) -> None:
+    Every ``every``-th of them is a picture. The file is closed when the last has been asked for.
+    """
+
+    def __init__(self, path: Path, every: int = 1) -> None:
         self.path = path
+        self._every = every
+        self._last: int | None = None
         self._lock = threading.Lock()
         self._frames: Iterator[Any] | None = None
         self._next = 0
         self._kept: dict[int, Any] = {}
 
     @cached_property
-    def count(self) -> int:
-        """How many frames there are, by counting packets. Raises ImageError."""
+    def pictures(self) -> range:
+        """The numbers of the frames that are pictures, by counting packets. Raises ImageError."""
         av = self._av()
         try:
             with av.open(str(self.path)) as container:
                 stream = container.streams.video[0]
-                return sum(1 for packet in container.demux(stream) if packet.size)
+                count = sum(1 for packet in container.demux(stream) if packet.size)
         except Exception as error:
             raise ImageError(f"{self.path}: {_why(error)}") from error
+        numbers = range(0, count, self._every)
+        self._last = numbers[-1] if numbers else None
+        return numbers
+
+    def close(self) -> None:
+        """Close the file, and forget the frames that wait to be asked for."""
+        with self._lock:
+            self._frames = None
+            self._kept.clear()
 
     def frame(self, number: int, max_pixels: int) -> Image.Image:
         """Frame ``number`` from 0 on, upright, in RGB. Raises ImageError."""
@@ -87,10 +101,13 @@ class Video:
             found = next(self._frames)
             self._next += 1
             if self._next - 1 == number:
+                if number == self._last:
+                    self._frames = None
                 return found
-            self._kept[self._next - 1] = found
-            if len(self._kept) > _KEPT:
-                del self._kept[min(self._kept)]
+            if (self._next - 1) % self._every == 0:
+                self._kept[self._next - 1] = found
+                if len(self._kept) > _KEPT:
+                    del self._kept[min(self._kept)]
 
     def _decode(self, av: Any) -> Iterator[Any]:
         with av.open(str(self.path)) as container:

@@ -15,6 +15,7 @@ from ddetr_cli.detect.drawing import PALETTE, draw_detections, label_name, load_
 from ddetr_cli.detect.patience import READ_TIMEOUT
 from ddetr_cli.detect.reading import read_input
 from ddetr_cli.detect.sources import SHEET_FILE
+from ddetr_cli.detect.video import Frame, Video
 from ddetr_cli.errors import ImageError
 
 if TYPE_CHECKING:
@@ -161,8 +162,14 @@ def thumbnail_reader(
     *, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False, read_timeout: float = READ_TIMEOUT
 ) -> Callable[[Input], Image.Image]:
     """What reads an input once more for the sheet, reduced where that is quicker. It raises ImageError."""
+    last: Video | None = None
 
     def read(item: Input) -> Image.Image:
+        nonlocal last
+        video = item.origin.video if isinstance(item.origin, Frame) else None
+        if last is not None and last is not video:
+            last.close()  # of 48 videos the frames beside those on the sheet would fill the memory
+        last = video
         return read_input(
             item,
             short=THUMBNAIL_PX,

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddetr_cli.detect.reading import read_input
+from ddetr_cli.detect.sinks.sheet import thumbnail_reader
+from ddetr_cli.detect.sources import Input, find_inputs
+from ddetr_cli.detect.video import Frame
+
+av = pytest.importorskip("av")
+FRAMES = 10
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> str:
+    """A pattern of six short videos, the frames of each lighter and lighter."""
+    for number in range(6):
+        with av.open(str(tmp_path / f"{number}.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
+            for grey in range(0, 20 * FRAMES, 20):
+                frame = np.full((48, 64, 3), grey, dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(None))
+    return str(tmp_path / "*.mkv")
+
+
+def greys(inputs: list[Input]) -> list[int]:
+    return [read_input(item, max_pixels=10_000).image.getpixel((5, 5))[0] for item in inputs]  # type: ignore[index]
+
+
+def handles() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_videos_are_closed_when_their_last_picture_has_been_read(clips: str, every: int) -> None:
+    inputs = find_inputs([clips], every=every).images
+    before = handles()
+    assert greys(inputs) == [20 * number for number in range(0, FRAMES, every)] * 6
+    assert handles() == before
+
+
+def test_frames_may_be_asked_for_in_about_their_order_and_again(clips: str) -> None:
+    inputs = find_inputs([clips]).images[:FRAMES]
+    shuffled = [inputs[index] for index in (1, 0, 2, 4, 3, 9, 5, 7, 8, 6, 2, 9, 0)]
+    assert greys(shuffled) == [20, 0, 40, 80, 60, 180, 100, 140, 160, 120, 40, 180, 0]
+
+
+def test_the_contact_sheet_keeps_one_video_open_at_a_time(clips: str) -> None:
+    read = thumbnail_reader()
+    inputs = find_inputs([clips]).images
+    before = handles()
+    for item in inputs[5::FRAMES]:
+        assert read(item).getpixel((5, 5)) == (100, 100, 100)
+        assert handles() <= before + 1
+    waiting = [item.origin.video for item in inputs[5::FRAMES] if isinstance(item.origin, Frame)]
+    assert sum(len(video._kept) > 0 for video in waiting) <= 1
