@@ -165,6 +165,23 @@ def test_a_disk_that_is_full_exits_7_without_half_files_and_a_second_run_finishe
     assert len(files_in(output)) == 7
 
 
+def test_an_all_black_picture_is_a_result_and_text_that_inflates_without_end_a_failure(
+    model: str, tmp_path: Path
+) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (64, 48)).save(tmp_path / "in/black.png")
+    text = PngInfo()
+    text.add_text("comment", "a" * 80_000_000, zip=True)
+    Image.new("RGB", (64, 48)).save(tmp_path / "in/bomb.png", pnginfo=text)
+    assert (tmp_path / "in/bomb.png").stat().st_size < 200_000
+    assert detect(model, tmp_path / "in", "-o", tmp_path / "out", "--format", "coco", "-t", "0") == 3
+    black, bomb = images_in(tmp_path / "out")
+    assert (black["width"], black["height"], "failed" in black) == (64, 48, False)
+    assert str(bomb["failed"]).startswith("damaged image (Decompressed data too large")
+
+
 def account(folder: Path, output: Path, err: str) -> list[dict[str, object]]:
     """Check that every file below ``folder`` is processed, failed or skipped, and drawn where it was processed."""
     images = images_in(output)
