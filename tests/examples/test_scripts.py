@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import subprocess
 from pathlib import Path
@@ -57,21 +55,6 @@ def test_detect_folder_ends_with_the_exit_code_of_ddetr(
     page.write_text("<html>")
     done = run([EXAMPLES / "detect_folder.sh", pictures, tmp_path / "out"], environment, MODEL=str(page))
     assert done.returncode == 5
-
-
-def test_boxes_to_csv_has_one_row_for_every_detection(
-    environment: dict[str, str], model: Path, pictures: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    done = run(["ddetr", "detect", pictures, "--model", model, "--threshold", "0", "--output", out], environment)
-    assert done.returncode == 0, done.stderr
-    done = run(["python3", EXAMPLES / "boxes_to_csv.py", out], environment)
-    assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader(io.StringIO(done.stdout)))
-    detections = json.loads((out / "detections.json").read_text())
-    assert len(rows) == len(detections) == 2 * ROWS_PER_IMAGE
-    assert {Path(row["file"]).name for row in rows} == {"a.png", "b.png"}
-    assert [float(row["left"]) for row in rows] == [found["bbox"][0] for found in detections]
 
 
 def test_find_objects_prints_what_the_command_writes_and_goes_on_after_a_bad_picture(
@@ -149,9 +132,7 @@ def test_convergence_trains_both_methods_alike_and_draws_what_their_metrics_say(
     assert again.stdout.splitlines()[-3:-1] == [ours, theirs]
 
 
-@pytest.mark.parametrize(
-    "name", ["detect_folder.sh", "train_on_scenes.sh", "convergence.sh", "boxes_to_csv.py", "find_objects.py"]
-)
+@pytest.mark.parametrize("name", ["detect_folder.sh", "train_on_scenes.sh", "convergence.sh", "find_objects.py"])
 def test_an_example_without_arguments_says_how_it_is_used(name: str, environment: dict[str, str]) -> None:
     script = EXAMPLES / name
     done = run([script] if name.endswith(".sh") else ["python3", script], environment)
