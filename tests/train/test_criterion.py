@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ddetr_cli.train.matcher import Target, match
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = [DEFORMABLE_DETR, DETR]
+CENTRED = Target(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.5, 0.5]]))
 
 
 @dataclass
@@ -113,14 +115,29 @@ def test_more_objects_than_queries_match_every_query_once() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cost_that_is_not_finite_still_matches(family: str) -> None:
-    logits = torch.zeros(1, 3, 2)
-    boxes = torch.full((1, 3, 4), 0.5)
+def test_a_cost_that_is_not_finite_still_matches_with_a_warning(family: str) -> None:
+    logits, boxes = even_predictions()
     boxes[0, 0] = float("nan")
     logits[0, 1] = float("nan")
-    target = Target(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.5, 0.5]]))
-    (((queries, objects),),) = match([(logits, boxes)], [[target]], OBJECTIVES[family].cost)
+    with pytest.warns(RuntimeWarning, match="ddetr: matching: logits and boxes of the model are not finite"):
+        (((queries, objects),),) = match([(logits, boxes)], [[CENTRED]], OBJECTIVES[family].cost)
     assert queries.tolist() == [2] and objects.tolist() == [0]
+
+
+@pytest.mark.parametrize(("bad", "name"), [(0, "logits"), (1, "boxes")])
+def test_what_is_not_finite_is_named_once_however_often_it_comes(bad: int, name: str) -> None:
+    good, predictions = even_predictions(), even_predictions()
+    predictions[bad][0, 0, 0] = float("nan")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            match([good, predictions], [[CENTRED], [CENTRED]], OBJECTIVES[DEFORMABLE_DETR].cost)
+    assert [str(warning.message).split(" of the model")[0] for warning in caught] == [f"ddetr: matching: {name}"]
+
+
+def even_predictions() -> tuple[Tensor, Tensor]:
+    """Logits and boxes of three queries that all fit ``CENTRED`` alike."""
+    return torch.zeros(1, 3, 2), torch.full((1, 3, 4), 0.5)
 
 
 def test_focal_loss_of_an_even_guess_is_a_quarter_of_the_weighted_cross_entropy() -> None:

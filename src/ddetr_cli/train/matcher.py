@@ -6,6 +6,7 @@ The families differ in the cost of a class: DETR's is that paper's, Deformable D
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +17,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ddetr_cli.boxes import cxcywh_to_xyxy, generalized_iou
+
+_WORST = 1e9  # far above any cost, and finite: the assignment takes no other numbers
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv:1708.02002; the authors hard-code both
 
@@ -63,7 +66,7 @@ def match(
 
     ``layers`` holds (logits (B,Q,K), boxes_cxcywh (B,Q,4)) pairs, and ``targets`` what each of them is to find; Q and
     T may differ between layers. All cost matrices cross to the host in one copy. A cost that is not finite counts as
-    the worst, so that a diverging step still matches.
+    the worst, so that a diverging step still matches, and is warned of.
     """
     costs = [
         _cost_matrix(logits[b], boxes[b], target, cost)
@@ -71,14 +74,33 @@ def match(
         for b, target in enumerate(wanted)
     ]
     host = torch.cat([c.flatten() for c in costs]).cpu().numpy() if costs else np.empty(0)
+    if not np.isfinite(host).all():
+        _warn(layers)
+        host = np.nan_to_num(host, nan=_WORST, posinf=_WORST, neginf=_WORST)
     found, start = [], 0
     for matrix in costs:
         block = host[start : start + matrix.numel()].reshape(matrix.shape)
         start += matrix.numel()
-        queries, objects = linear_sum_assignment(np.nan_to_num(block, nan=1e9, posinf=1e9, neginf=1e9))
+        queries, objects = linear_sum_assignment(block)
         found.append((torch.from_numpy(queries), torch.from_numpy(objects)))
     pairs = iter(found)
     return [list(islice(pairs, len(wanted))) for wanted in targets]
+
+
+def _warn(layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Say which predictions made costs that are not finite. Python shows each of the few sentences once."""
+    names = [
+        name
+        for name, tensors in zip(("logits", "boxes"), zip(*layers, strict=True), strict=True)
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors)
+    ]
+    warnings.warn(
+        f"ddetr: matching: {' and '.join(names) or 'costs'} of the model are not finite numbers (NaN or infinite); "
+        "the queries concerned count as the worst matches. A step whose loss is not finite changes nothing; if many "
+        "follow, lower --learning-rate.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _cost_matrix(logits: Tensor, boxes_cxcywh: Tensor, target: Target, cost: MatchCost) -> Tensor:
