@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ddetr_cli.bench.clock import PartClock, model_parts
+from ddetr_cli.bench.clock import REST, PartClock, model_parts
+from ddetr_cli.inference.fast import accelerate
 from ddetr_cli.model.detector import build_detector
 from ddetr_cli.presets import get_preset
 
@@ -63,6 +64,26 @@ def test_modules_are_watched_only_inside(clock: PartClock, time: Time) -> None:
     slow(100)
     assert clock.take() == {"slow": 4.0}
     assert not slow._forward_hooks and not slow._forward_pre_hooks
+
+
+@pytest.mark.usefixtures("require_native")
+def test_steps_of_the_fast_path_are_parts_and_are_watched_only_inside() -> None:
+    model = build_detector(get_preset("tiny", encoder_layers=1, decoder_layers=1, queries=10)).eval()
+    fast = accelerate(model)
+    assert fast is not None
+    pixels = torch.zeros(1, 3, 64, 64)
+    fast(pixels)
+    ticks = iter(range(1_000_000))
+    # A clock that ticks whenever it is read: every part that runs has time.
+    clock = PartClock(torch.device("cpu"), clock=lambda: float(next(ticks)))
+    parts = model_parts(model)
+    with clock.watching(parts, fast), clock.part(REST):
+        fast(pixels)
+    seconds = clock.take()
+    assert seconds.keys() == {*parts, REST}
+    assert sum(seconds.values()) == next(ticks) - 1
+    fast(pixels)
+    assert clock.take() == {}
 
 
 @pytest.mark.parametrize("preset", ["tiny", "detr-r50", "fasterrcnn-r50-fpn"])

@@ -12,7 +12,7 @@ from PIL import Image
 from ddetr_cli.bench.ceilings import CONVOLUTIONS, Ceilings, ceiling_probes
 from ddetr_cli.bench.flops import ModelSize
 from ddetr_cli.bench.options import BenchOptions
-from ddetr_cli.bench.stages import DRAWN_BOXES, StagesSection, measure_stages
+from ddetr_cli.bench.stages import DRAWN_BOXES, StageResult, StagesSection, measure_stages
 from ddetr_cli.bench.subjects import open_model
 from ddetr_cli.bench.tables import Silence
 from ddetr_cli.bench.timing import Samples
@@ -61,8 +61,21 @@ def section() -> StagesSection:
 def test_stages_are_those_from_the_file_to_the_files_in_their_order(section: StagesSection) -> None:
     for result in section.results:
         stages = list(result.stages)
-        assert stages[:2] == ["reading", "preparing"]
+        assert stages[:2] == ["image decoding", "preprocessing"]
         assert stages[-4:] == ["rest of the model", "post-processing", "drawing", "writing"]
+
+
+def test_the_parts_of_the_model_have_their_names_on_the_fast_path_too(section: StagesSection) -> None:
+    for result in section.results:
+        parts = list(result.stages)[2:-4]
+        assert sorted(parts) == ["backbone", "decoder", "encoder", "heads", "input projections"]
+
+
+def test_the_model_is_its_parts_and_the_post_processing() -> None:
+    taken = {"image decoding": 64, "preprocessing": 32, "backbone": 16, "rest of the model": 8, "post-processing": 4}
+    stages = {name: Samples((float(seconds),)) for name, seconds in (taken | {"drawing": 2, "writing": 1}).items()}
+    result = StageResult("m", "fp32", stages, Samples((29.0,)), ModelSize(1, 1, {}), 14.0)
+    assert result.model_seconds == 28.0
 
 
 def test_every_stage_has_a_sample_of_every_round(section: StagesSection) -> None:

@@ -56,7 +56,7 @@ def test_what_is_chosen_is_measured_instead_and_together(photos: Path, tmp_path:
     assert [measurement["kind"] for measurement in measurements] == ["sizes", "stages", "folder"]
     assert measurements[2]["result"]["pictures"] == 3
     stages = measurements[1]["result"]["models"][0]["stages"]
-    assert {"reading", "preparing", "drawing", "writing"} <= set(stages)
+    assert {"image decoding", "preprocessing", "backbone", "drawing", "writing"} <= set(stages)
 
 
 def test_a_folder_is_left_as_it_was(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

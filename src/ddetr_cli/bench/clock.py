@@ -1,4 +1,4 @@
-"""A stopwatch for nested parts, and the parts of a model.
+"""A stopwatch for nested parts, and the parts of a model, in its own modules or on the fast path of a CPU.
 
 Every moment belongs to the innermost part that is running, and to no other.
 """
@@ -12,21 +12,22 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ddetr_cli.inference.fast import FastDetector
 from ddetr_cli.model.detector import DetectionModel
 from ddetr_cli.presets import FASTER_RCNN
 
 REST = "rest of the model"
 
 _DETR_PARTS = {
-    "trunk": ["backbone"],
-    "projections": ["input_proj"],
+    "backbone": ["backbone"],
+    "input projections": ["input_proj"],
     "encoder": ["transformer.encoder.layers"],
     "decoder": ["transformer.decoder.layers"],
     "heads": ["class_embed", "bbox_embed"],
 }
 _FASTER_RCNN_PARTS = {
-    "trunk": ["backbone.body"],
-    "pyramid": ["backbone.fpn"],
+    "backbone": ["backbone.body"],
+    "feature pyramid": ["backbone.fpn"],
     "proposals": ["rpn"],
     "heads": ["roi_heads"],
 }
@@ -67,18 +68,30 @@ class PartClock:
         return taken
 
     @contextmanager
-    def watching(self, parts: dict[str, list[nn.Module]]) -> Iterator[None]:
-        """Inside, a call of any of these modules is the part it is listed under."""
+    def watching(self, parts: dict[str, list[nn.Module]], fast: object = None) -> Iterator[None]:
+        """Inside, a call of any of these modules is the part it is listed under; a step of ``fast`` names its own."""
         hooks = []
         for name, modules in parts.items():
             for module in modules:
                 hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.enter(name)))
                 hooks.append(module.register_forward_hook(lambda *_: self.leave()))
         try:
-            yield
+            with self._watching_steps(fast):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def _watching_steps(self, fast: object) -> Iterator[None]:
+        if not isinstance(fast, FastDetector):
+            yield
+            return
+        before, fast.watch = fast.watch, self.part
+        try:
+            yield
+        finally:
+            fast.watch = before
 
     def _charge(self) -> None:
         if self._device.type == "cuda":

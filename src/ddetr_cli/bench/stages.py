@@ -1,9 +1,10 @@
 """Where the time of one picture goes: from the file, through the parts of the model, to the files written.
 
 A part that runs within another (heads between decoder layers) is counted once, as its own; what runs in the model
-outside all of them (positions, references) is "rest of the model". The stages run one after the other here; in a
-folder run ``detect`` does reading and writing beside the model. How near a model is to its floor is asked of whole
-runs, timed in the same rounds without any stopwatch inside.
+outside all of them (positions, references, reshaping) is "rest of the model". So the stages sum to the whole, and
+nothing is counted twice. They run one after the other here; in a folder run ``detect`` does reading and writing
+beside the model. How near a model is to its floor is asked of whole runs, timed in the same rounds without any
+stopwatch inside.
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ class Finisher(Protocol):
         """Nothing more comes."""
 
 
+# Stages around the model and its post-processing.
+BEFORE_MODEL, AFTER_MODEL = ("image decoding", "preprocessing"), ("drawing", "writing")
+POST_PROCESSING = "post-processing"
+
 # A finisher for a model with these classes, writing into this folder.
 Finishing = Callable[[ClassTable, Path], Finisher]
 
@@ -70,6 +75,11 @@ class StageResult:
     whole: Samples  # prepared picture to detections, no stopwatch inside
     size: ModelSize
     floor: float
+
+    @property
+    def model_seconds(self) -> float:
+        """The stages of the model together, post-processing with them: what ``whole`` times without a stopwatch."""
+        return sum(taken.median for stage, taken in self.stages.items() if stage not in (*BEFORE_MODEL, *AFTER_MODEL))
 
     @property
     def floor_share(self) -> float:
@@ -138,7 +148,13 @@ class StagesSection:
                 ("stage", *(heading for label in labels for heading in (f"{label} ms", "share"))),
                 tuple(stage_rows),
                 notes=(
-                    f"medians; drawing: {DRAWN_BOXES} boxes, and the JPEG; rest of the model: positions, reshaping",
+                    "medians; preprocessing: resizing and normalising; rest of the model: positions, reshaping",
+                    f"drawing: {DRAWN_BOXES} boxes, and the JPEG",
+                    *(
+                        f"{label}: model and post-processing sum to {milliseconds(result.model_seconds)} ms; "
+                        f"without a stopwatch inside they take {milliseconds(result.whole.median)} ms"
+                        for label, result in zip(labels, self.results, strict=True)
+                    ),
                 ),
             ),
             Table(
@@ -205,14 +221,14 @@ def _one_picture(
 ) -> dict[str, float]:
     """Seconds of each stage, in the order they run."""
     clock = PartClock(device)
-    with clock.part("reading"):
+    with clock.part("image decoding"):
         picture = read_image(photo)
-    with clock.part("preparing"):
+    with clock.part("preprocessing"):
         prepared = Prepared(to_pixels(picture, size_hw), (picture.height, picture.width))
     model = subject.model.model
-    with clock.watching(model_parts(model)), clock.part(REST):
+    with clock.watching(model_parts(model), subject.predictor.fast), clock.part(REST):
         output = subject.predictor.forward(prepared.pixels[None])
-    with clock.part("post-processing"):
+    with clock.part(POST_PROCESSING):
         (found,) = decode(model.config.family, output, [prepared.size_hw])
     kept = ImageDetections(found.boxes_xyxy_px[:DRAWN_BOXES], found.scores[:DRAWN_BOXES], found.labels[:DRAWN_BOXES])
     with clock.part("drawing"):
@@ -220,7 +236,7 @@ def _one_picture(
     with clock.part("writing"):
         finisher.write(drawn)
     seconds = clock.take()
-    last = (REST, "post-processing", "drawing", "writing")
+    last = (REST, POST_PROCESSING, *AFTER_MODEL)
     return {stage: seconds[stage] for stage in (*(s for s in seconds if s not in last), *last)}
 
 

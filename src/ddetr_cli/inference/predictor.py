@@ -111,7 +111,7 @@ class Predictor:
         if precision == "auto":
             precision = best_precision(self._model) if on_cpu else "fp32"
         self.precision = precision
-        self._fast = accelerate(self._model, precision) if on_cpu else accelerate_on_gpu(self._model, precision)
+        self.fast = accelerate(self._model, precision) if on_cpu else accelerate_on_gpu(self._model, precision)
         self._on_notice = on_notice
         self._has_told_of_memory = False
 
@@ -203,8 +203,8 @@ class Predictor:
         if self.device.type == "cuda" and pixels.device.type == "cpu":
             pixels = pixels.pin_memory()  # the copy then runs beside the device's work
         pixels = pixels.to(self.device, non_blocking=True)
-        if self._fast is not None:
-            return self._fast(pixels)
+        if self.fast is not None:
+            return self.fast(pixels)
         with self._autocast():
             out: DetectorOutput | SuppressedOutput = self._model(pixels, None)
         return out

@@ -67,6 +67,7 @@ class Decoder:
 
     def add_to(self, plan: Plan, level_hw: Sequence[int], memory: Place) -> None:
         """Let ``plan`` decode ``memory`` (S,C); that step returns the output, a batch of one."""
+        plan.part = "decoder"
         S, C = memory.shape
         Q = min(self.model.config.queries, S) if self.propose else self.model.config.queries
         real = torch.float32

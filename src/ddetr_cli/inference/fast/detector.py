@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from ddetr_cli.inference.fast.decoder import Decoder
 from ddetr_cli.inference.fast.encoder import Encoder
 from ddetr_cli.inference.fast.trunk import Trunk
-from ddetr_cli.inference.fast.workspace import Plan, Step, Workspace
+from ddetr_cli.inference.fast.workspace import PartStep, Plan, Workspace
 from ddetr_cli.model.detector import DeformableDetr, DetectorOutput
 from ddetr_cli.ops.dense import DenseEngine, Map, dense_engine
 
@@ -25,12 +27,15 @@ _PLANS = 8
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+# Around every step: what to enter while a part of the model, by its name, is computed.
+Watch = Callable[[str], AbstractContextManager[object]]
+
 
 @dataclass(frozen=True)
 class _Prepared:
     plan: Plan
     pixels: Map
-    steps: list[Step]
+    steps: list[PartStep]
     version: int
 
 
@@ -39,7 +44,7 @@ class FastDetector:
 
     Every image is computed alone, so its result is bit-identical whatever its neighbours, and whatever the number of
     threads. ``proposals`` of two-stage models are not returned. Batches with padding go to the model itself, as do
-    tensors that are not float32.
+    tensors that are not float32. ``watch`` may be set, to see what takes how long.
     """
 
     def __init__(self, model: DeformableDetr, engine: DenseEngine) -> None:
@@ -49,6 +54,7 @@ class FastDetector:
         self._trunk = Trunk(engine, model.backbone, list(model.input_proj))
         self._encoder, self._decoder = Encoder(engine, model), Decoder(engine, model)
         self._scratch_bytes = engine.scratch_bytes(config.hidden_dim, config.ffn_dim)
+        self.watch: Watch = lambda _: nullcontext()
         self._workspace = Workspace()
         self._prepared: OrderedDict[tuple[int, int, int], _Prepared] = OrderedDict()
         self._lock = threading.Lock()
@@ -67,10 +73,12 @@ class FastDetector:
 
     def _run(self, pixels: Tensor) -> DetectorOutput:
         prepared = self._prepare(pixels.shape[-2], pixels.shape[-1])
-        self._engine.load_pixels(prepared.plan.crew, pixels, prepared.pixels)
+        with self.watch("backbone"):
+            self._engine.load_pixels(prepared.plan.crew, pixels, prepared.pixels)
         out: object = None
         for step in prepared.steps:
-            out = step()
+            with self.watch(step.part):
+                out = step.run()
         assert isinstance(out, DetectorOutput)
         return out
 

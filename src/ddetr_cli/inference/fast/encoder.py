@@ -72,6 +72,7 @@ class Encoder:
 
     def add_to(self, plan: Plan, level_hw: Sequence[int], memory: Place) -> None:
         """Let ``plan`` refine ``memory`` (S,C) in place."""
+        plan.part = "encoder"
         S, C = memory.shape
         value, sampled = plan.place("value", S, C), plan.place("sampled", S, C)
         projected = plan.place("projected", S, self.layers[0].projection.columns, dtype=torch.float32)

@@ -196,6 +196,7 @@ class Trunk:
     def add_to(self, plan: Plan, height: int, width: int, memory: Place) -> Place:
         """Let ``plan`` compute ``memory`` (S,C) from the pixel map that is returned, which is to be filled first."""
         # One pixel more than the window needs: its lines are read in whole steps of the engine.
+        plan.part = "backbone"
         pixels = plan.place("inner 0", height, width, PIXEL_CHANNELS, border=self.stem.padding + 1)
         h, w = self.stem.size(height, width)
         stem = plan.place("even", h, w, self.stem.packed.columns, border=1)
@@ -211,8 +212,10 @@ class Trunk:
             levels = self._levels_of(number)
             readers += [self.projections[level].conv for level in levels]
             border = max((conv.padding for conv in readers), default=0)
+            plan.part = "backbone"
             for block in stage:
                 x = block.add_to(plan, x, border)
+            plan.part = "input projections"
             for level in levels:
                 h, w = self.projections[level].add_to(plan, x, memory, row)
                 row += h * w

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,13 @@ from ddetr_cli.ops.dense_abi import Crew
 _ALIGNMENT = 4096
 
 Step = Callable[[], object]
+
+
+class PartStep(NamedTuple):
+    """A step, and the part of the model that it computes."""
+
+    part: str
+    run: Step
 
 
 class Workspace:
@@ -68,9 +76,10 @@ class Plan:
     threads: int
     workspace: Workspace
     phase: str = ""
+    part: str = ""  # of the model, which steps that are added belong to
     _sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     _seen: dict[str, Place] = field(default_factory=dict)
-    _pending: list[Callable[[], Step]] = field(default_factory=list)
+    _pending: list[tuple[str, Callable[[], Step]]] = field(default_factory=list)
     _offsets: dict[str, int] = field(default_factory=dict)
     _crew: Crew | None = None
 
@@ -89,9 +98,9 @@ class Plan:
 
     def add(self, prepare: Callable[[], Step]) -> None:
         """Another step: ``prepare`` gives it once places have addresses."""
-        self._pending.append(prepare)
+        self._pending.append((self.part, prepare))
 
-    def prepare(self, scratch_bytes: int) -> list[Step]:
+    def prepare(self, scratch_bytes: int) -> list[PartStep]:
         """The steps, ready to run, with so much scratch for each thread; makes room in the workspace."""
         end = 0
         for phase in sorted(self._sizes):
@@ -104,7 +113,7 @@ class Plan:
         self.workspace.hold(end + self.threads * scratch_bytes)
         scratch = self.workspace.memory[end : end + self.threads * scratch_bytes]
         self._crew = self.engine.crew(self.threads, scratch)
-        return [prepare() for prepare in self._pending]
+        return [PartStep(part, prepare()) for part, prepare in self._pending]
 
     # ---- once prepared ----
 
