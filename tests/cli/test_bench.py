@@ -30,6 +30,29 @@ def test_bench_prints_the_tables_on_stdout_and_nothing_else_there(capsys: pytest
     assert any(line.startswith("kernels: cpu ") for line in lines)
 
 
+def test_tables_are_written_in_markdown_for_a_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--sizes", "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("- 64x85 px")
+    assert lines[lines.index("**sizes**") + 3].startswith("| --- | ---: |")
+    assert any(line.startswith("| tiny | 6.44 | 6.44 |") for line in lines)
+
+
+def test_a_wide_table_folds_its_headings_and_never_a_name_or_a_figure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ddetr_cli.bench.tables import Table
+
+    name, figure = "r50-single-scale-dc5", "0.873x (0.871-0.880)"
+    headings = ("system", *(f"images per second in round {n}" for n in range(5)))
+    table = Table("wide", headings, ((name, *[figure] * 5),))
+    monkeypatch.setattr("ddetr_cli.bench.run.BenchReport.tables", lambda _: [table])
+    assert main([*SMALL, "--sizes"]) == 0
+    drawn = capsys.readouterr().out.split("wide\n")[1]
+    assert drawn.count(name) == 1 and drawn.count(figure) == 5
+    assert drawn.count("images per second in") == 5 and "in round" not in drawn
+
+
 def test_bench_writes_everything_measured_as_json(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     assert main([*SMALL, "--precision", "fp32,bf16", "--json", str(path)]) == 0

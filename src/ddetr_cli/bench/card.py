@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,10 @@ from ddetr_cli.errors import DeviceError
 WORTHWHILE = 1.02
 LARGEST_BATCH = 64
 
+_PATH_NOTE = (
+    "path: fast is our own inference, of Deformable DETR alone; what runs as plain PyTorch is compared as a program "
+    "too, not only as a method"
+)
 _CPU_NOTE = "peak: of a process that runs this model alone; on a CPU every image runs alone, whatever the batch"
 
 
@@ -34,12 +38,14 @@ _CPU_NOTE = "peak: of a process that runs this model alone; on a CPU every image
 class Speed:
     """One system in one precision.
 
+    ``is_fast``: our own path for inference ran, not the model as it stands in PyTorch.
     ``times``: seconds of one picture at batch 1; ``best_batch`` the batch with the highest rate, ``best_times`` its
     seconds; ``peak_memory`` in bytes, of the device or, on the CPU, of a process that does nothing else; ``joules``
     of the whole processor for each picture. None is what this machine does not say.
     """
 
     precision: str
+    is_fast: bool
     times: Samples
     best_batch: int
     best_times: Samples
@@ -47,20 +53,37 @@ class Speed:
     joules: Samples | None
 
     @property
+    def rates(self) -> Samples:
+        """Images per second at batch 1."""
+        return Samples(tuple(1 / seconds for seconds in self.times.values))
+
+    @property
     def best_rate(self) -> float:
         """Images per second at the best batch."""
         return self.best_batch / self.best_times.median
 
 
+class TrainingHours(NamedTuple):
+    """What the whole training would take here, and in which precision."""
+
+    hours: float
+    precision: str
+
+
 @dataclass(frozen=True)
 class CardRow:
-    """One system: its size, and its speed in every precision; ``metrics``: AP and the like where it was scored."""
+    """One system: its size, and its speed in every precision.
+
+    ``metrics``: AP and the like where it was scored; ``training``: where a step was timed, the hours of the whole
+    training at that rate, and in which precision.
+    """
 
     name: str
     weights: str
     size: SizeResult
     speeds: tuple[Speed, ...]
     metrics: Mapping[str, float | None] | None = None
+    training: TrainingHours | None = None
 
     @property
     def published(self) -> Published | None:
@@ -89,9 +112,11 @@ class CardSection:
                 "weights": row.weights,
                 "published": None if row.published is None else vars(row.published),
                 "metrics": None if row.metrics is None else dict(row.metrics),
+                "training": None if row.training is None else row.training._asdict(),
                 "speeds": [
                     {
                         "precision": speed.precision,
+                        "is_fast_path": speed.is_fast,
                         "seconds": speed.times.to_json(),
                         "images_per_second": 1 / speed.times.median,
                         "best_batch": speed.best_batch,
@@ -106,21 +131,34 @@ class CardSection:
         ]
 
     def tables(self) -> list[Table]:
-        """The systems with their sizes, beside the published; then their speeds."""
-        return [self._sizes(), self._speeds()]
+        """A row for each system, published beside measured; then all that was measured of their speeds."""
+        return [self._systems(), self._speeds()]
 
-    def _sizes(self) -> Table:
+    def _systems(self) -> Table:
         height, width = self.size_hw
         is_scored = any(row.metrics for row in self.rows)
-        headings = ("epochs", "AP", "AP small", "params M", "measured M", "GFLOPs", f"measured {height}x{width}")
+        times = {f"{row.name} {speed.precision}": speed.times for row in self.rows for speed in row.speeds}
+        has_mean = any(row.size.val_flops is not None for row in self.rows)
+        counted = "here the same mean" if has_mean else f"here at {height}x{width}"
+        headings = (
+            *("system", "epochs", "AP", "AP small"),
+            *(["measured AP", "measured AP small"] if is_scored else []),
+            *("params M", "GFLOPs", "published GFLOPs", "difference"),
+            *("images/s" for _ in self.rows[0].speeds),
+            *("path", "training hours"),
+        )
         return Table(
-            "systems: published by the authors, and measured here",
-            ("system", *headings, "difference", *(["measured AP", "measured AP small"] if is_scored else [])),
-            tuple(_size_cells(row, self.size_hw, is_scored=is_scored) for row in self.rows),
+            "systems: AP published, size and speed measured here",
+            headings,
+            tuple(_system_cells(row, self.size_hw, is_scored=is_scored) for row in self.rows),
             notes=(
-                "epochs, AP, params M, GFLOPs: published, COCO val2017, GFLOPs a mean over its first 100 pictures",
-                f"measured GFLOPs: {FLOPS_CONVENTION}",
+                "epochs, AP, AP small: published, COCO val2017",
                 "Faster R-CNN's AP is that of the authors' table; torchvision's weights, used here, have 37.0",
+                f"GFLOPs: {FLOPS_CONVENTION}, {counted}; published: a mean over the first 100 pictures of val2017",
+                f"images/s: batch 1 at {height}x{width}, median and quartiles",
+                *self._path_notes(),
+                "training hours: V100, published, unless a step was timed here",
+                *noise_notes(times),
             ),
         )
 
@@ -132,7 +170,7 @@ class CardSection:
         return Table(
             "images per second, published on a V100 at batch 1 and 4, and measured here",
             (
-                *("system", "precision", *headings, f"time / {base.name}", "peak MiB"),
+                *("system", "precision", *headings, f"time / {base.name}", "path", "peak MiB"),
                 *(["J per image"] if has_energy else []),
             ),
             tuple(
@@ -143,26 +181,44 @@ class CardSection:
             labels=2,
             notes=(
                 f"timed: {LATENCY_CONVENTION}; time / {base.name}: median and quartiles of the rounds' ratios",
+                *self._path_notes(),
                 _CPU_NOTE if self.device == "cpu" else "peak: of the device",
                 *(["J: of the whole processor, whoever else used it"] if has_energy else []),
                 *noise_notes(times),
             ),
         )
 
+    def _path_notes(self) -> tuple[str, ...]:
+        """What has to be known of ratios between systems, where they do not run alike."""
+        return (_PATH_NOTE,) if len({speed.is_fast for row in self.rows for speed in row.speeds}) > 1 else ()
 
-def _size_cells(row: CardRow, size_hw: tuple[int, int], *, is_scored: bool) -> tuple[str, ...]:
+
+def _system_cells(row: CardRow, size_hw: tuple[int, int], *, is_scored: bool) -> tuple[str, ...]:
     size, published, metrics = row.size, row.published, row.metrics
-    cells = [""] * 4
+    cells = [""] * 3
     if published is not None:
-        scores = [f"{published.ap:.1f}", f"{published.ap_small:.1f}"]
-        cells = [str(published.epochs), *scores, f"{published.parameters / 1e6:.0f}"]
-    cells += [f"{size.size.parameters / 1e6:.2f}", "" if published is None else f"{published.flops / 1e9:.0f}"]
-    cells.append(f"{(size.size.flops if size.val_flops is None else size.val_flops) / 1e9:.1f}")
-    difference = size.difference(size_hw)
-    cells.append("" if difference is None else f"{difference:+.1%}")
+        cells = [str(published.epochs), f"{published.ap:.1f}", f"{published.ap_small:.1f}"]
     if is_scored:
         cells += ["", ""] if metrics is None else [_per_cent(metrics[name]) for name in ("AP", "APs")]
+    cells.append(f"{size.size.parameters / 1e6:.2f}")
+    cells.append(f"{(size.size.flops if size.val_flops is None else size.val_flops) / 1e9:.1f}")
+    difference = size.difference(size_hw)
+    cells.append("" if published is None else f"{published.flops / 1e9:.0f}")
+    cells.append("" if difference is None else f"{difference:+.1%}")
+    for speed in row.speeds:
+        low, high = speed.rates.quartiles
+        # With auto systems compute in different precisions, so each figure says its own.
+        cells.append(f"{speed.rates.median:.3g} ({low:.3g}-{high:.3g}) {speed.precision}")
+    cells.append(" / ".join(dict.fromkeys(_path(speed) for speed in row.speeds)))
+    if row.training is not None:
+        cells.append(f"{row.training.hours:,.0f} here, {row.training.precision}")
+    else:
+        cells.append("" if published is None else f"{published.train_hours:,g} V100")
     return (row.name, *cells)
+
+
+def _path(speed: Speed) -> str:
+    return "fast" if speed.is_fast else "PyTorch"
 
 
 def _per_cent(score: float | None) -> str:
@@ -175,6 +231,7 @@ def _speed_cells(row: CardRow, speed: Speed, base: Speed, *, has_energy: bool) -
     cells += [f"{1 / speed.times.median:.2f}", f"{speed.best_rate:.2f} ({speed.best_batch})"]
     cells += [milliseconds(seconds) for seconds in (speed.times.median, speed.times.p90, speed.times.p99)]
     cells.append("1" if speed is base else times_as(speed.times.over(base.times)))
+    cells.append(_path(speed))
     cells.append("" if speed.peak_memory is None else f"{speed.peak_memory >> 20}")
     if has_energy:
         cells.append("" if speed.joules is None else f"{speed.joules.median:.1f}")
@@ -187,8 +244,12 @@ def measure_card(
     device: torch.device,
     listener: Listener,
     score: Scoring | None = None,
+    training: Mapping[str, TrainingHours] | None = None,
 ) -> CardSection:
-    """Size, speed and memory of every model of ``options``; with ``score``, AP of those with trained weights."""
+    """Size, speed and memory of every model of ``options``; with ``score``, AP of those with trained weights.
+
+    ``training``: hours of those whose step was timed, by name.
+    """
     sizes = measure_sizes(options, models, listener).results
     pixels = random_pixels(options.size_hw, 1)
     subjects = {
@@ -211,11 +272,13 @@ def measure_card(
             batch, best = _best_batch(model, asked, device, options, listener, times[label])
             joules = Samples(tuple(energies[label])) if meter.is_available else None
             peak = _peak_memory(model, asked, device, options)
-            speeds.append(Speed(subject.precision, times[label], batch, best, peak, joules))
+            is_fast = subject.predictor.fast is not None
+            speeds.append(Speed(subject.precision, is_fast, times[label], batch, best, peak, joules))
         metrics = None
         if score is not None and model.weights != RANDOM_WEIGHTS:
             metrics = score(model, options.precisions[0], device)
-        rows.append(CardRow(model.name, model.weights, size, tuple(speeds), metrics))
+        hours = None if training is None else training.get(model.name)
+        rows.append(CardRow(model.name, model.weights, size, tuple(speeds), metrics, hours))
     return CardSection(options.size_hw, device.type, tuple(rows))
 
 

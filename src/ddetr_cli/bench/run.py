@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ddetr_cli.bench.card import Scoring, measure_card
+from ddetr_cli.bench.card import Scoring, TrainingHours, measure_card
 from ddetr_cli.bench.flops import FLOPS_CONVENTION
 from ddetr_cli.bench.folder import FolderRun, measure_folder
 from ddetr_cli.bench.gpu_op import measure_gpu_op
@@ -36,7 +36,7 @@ from ddetr_cli.bench.sizes import measure_sizes
 from ddetr_cli.bench.stages import Finishing, measure_stages
 from ddetr_cli.bench.subjects import open_model
 from ddetr_cli.bench.tables import Listener, Section, Silence, Table
-from ddetr_cli.bench.training import TrainingSteps, measure_training
+from ddetr_cli.bench.training import TrainingSection, TrainingSteps, measure_training
 from ddetr_cli.errors import DeviceError
 from ddetr_cli.inference.device import resolve_device
 from ddetr_cli.ops import KernelStatus, kernel_status
@@ -104,7 +104,8 @@ def run_bench(
     models = [open_model(name, listener) for name in options.models] if needs_models else []
     sections: list[Section] = []
     try:
-        for measurement in options.measurements:
+        # Training steps come first: the card quotes the hours that they project.
+        for measurement in sorted(options.measurements, key=lambda name: name != TRAIN):
             if measurement == SIZES:
                 sections.append(measure_sizes(options, models, listener))
             elif measurement == LATENCY:
@@ -119,7 +120,9 @@ def run_bench(
                 assert run_folder is not None
                 sections.append(measure_folder(options, models, device, run_folder, listener))
             elif measurement == CARD:
-                sections.append(measure_card(options, models, device, listener, score))
+                timed = [section for section in sections if isinstance(section, TrainingSection)]
+                hours = {section.model: TrainingHours(*section.shortest_hours()) for section in timed}
+                sections.append(measure_card(options, models, device, listener, score, hours))
             elif measurement == SCALING:
                 sections.append(measure_scaling(options, models, device, listener))
             elif measurement == RIVALS:

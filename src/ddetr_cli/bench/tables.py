@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from ddetr_cli.bench.timing import Samples
 
@@ -20,6 +20,16 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     labels: int = 1
     notes: tuple[str, ...] = ()  # sentences below it
+
+    def markdown(self) -> str:
+        """The table for a README, its title above it and its notes below."""
+        aligned = ["---" if number < self.labels else "---:" for number in range(len(self.headings))]
+        lines = [_markdown_row(cells) for cells in (self.headings, aligned, *self.rows)]
+        return "\n".join([f"**{self.title}**", "", *lines, "", *(f"- {note}" for note in self.notes)]) + "\n"
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 class Section(Protocol):

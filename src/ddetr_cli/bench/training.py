@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddetr_cli.bench.machine import peer_versions
-from ddetr_cli.bench.options import TRAIN, BenchOptions
+from ddetr_cli.bench.options import CARD, TRAIN, BenchOptions
 from ddetr_cli.bench.peers import TRANSFORMERS as TRANSFORMERS_FP32
 from ddetr_cli.bench.peers import build_pair, missing_packages
 from ddetr_cli.bench.published import PUBLISHED
@@ -27,10 +27,12 @@ from ddetr_cli.bench.timing import Samples, noise_notes, time_interleaved
 from ddetr_cli.errors import UsageError
 from ddetr_cli.model.detector import DetectionModel, DetectorOutput
 from ddetr_cli.ops.dense import dense_engine
-from ddetr_cli.presets import DEFORMABLE_DETR, DETR
+from ddetr_cli.presets import DEFORMABLE_DETR, DETR, PRESETS
 
 OBJECTS = 7  # in every picture: COCO's mean
 COCO_PICTURES, COCO_EPOCHS = 118_287, 50  # of train2017; of the paper's recipe
+OURS = "ddetr "  # how programs of ours begin; then comes the precision
+_TRAINED = (DEFORMABLE_DETR, DETR)  # families
 # The authors' numbers; they do not decide the time.
 _RATE, _DECAY, _CLIP = 2e-5, 1e-4, 0.1
 
@@ -79,6 +81,11 @@ class TrainingSection:
         """Of the whole training that is projected: those of the published one."""
         published = PUBLISHED.get(self.model)
         return COCO_EPOCHS if published is None else published.epochs
+
+    def shortest_hours(self) -> tuple[float, str]:
+        """The fewest hours that the whole training would take in ours, and in which precision."""
+        best = min(self.ours(), key=lambda result: result.times.median)
+        return best.projected_hours(self.batch_size, self.epochs), best.program.removeprefix(OURS)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; ratios are of times, rival over ours."""
@@ -144,14 +151,18 @@ class TrainingSection:
 def measure_training(options: BenchOptions, steps: TrainingSteps, listener: Listener) -> list[TrainingSection]:
     """Every model of ``options`` in ours and, where there is a counterpart and it is installed, in transformers.
 
-    On the CPU. Raises UsageError for another device, or a model that is not trained here.
+    Beside the card, those of its systems that are trained here. On the CPU. Raises UsageError for another device, or
+    a model that is not trained here.
     """
     if options.device not in ("auto", "cpu"):
         raise UsageError(f"--train: compares on the CPU only, not on {options.device}. Add --device cpu.")
     unknown = {"fp16"} & set(options.precisions)
     if unknown:
         raise UsageError("--train: trains in fp32 or bf16. Leave fp16 out of --precision.")
-    return [_compare(name, options, steps, listener) for name in options.models]
+    models = options.models
+    if CARD in options.measurements:
+        models = tuple(name for name in models if name not in PRESETS or PRESETS[name].family in _TRAINED)
+    return [_compare(name, options, steps, listener) for name in models]
 
 
 def _compare(name: str, options: BenchOptions, steps: TrainingSteps, listener: Listener) -> TrainingSection:
@@ -177,9 +188,9 @@ def _compare(name: str, options: BenchOptions, steps: TrainingSteps, listener: L
         for number, precision in enumerate(precisions):
             _, model = fresh(number)
             family = model.config.family
-            if family not in (DEFORMABLE_DETR, DETR):
+            if family not in _TRAINED:
                 raise UsageError(f"--train: {name} is not trained here. Choose another of the presets.")
-            runs[f"ddetr {precision}"] = steps.step(model, precision, pixels, OBJECTS)
+            runs[f"{OURS}{precision}"] = steps.step(model, precision, pixels, OBJECTS)
         for number, precision in enumerate(("fp32", "bf16"), start=len(precisions)):
             theirs, _ = fresh(number)
             if theirs is not None:
@@ -193,7 +204,7 @@ def _compare(name: str, options: BenchOptions, steps: TrainingSteps, listener: L
     time_interleaved(runs, options.warmup - 1, on_run=listener.ran)
     times = time_interleaved(runs, options.rounds, on_run=listener.ran)
     results = tuple(
-        StepResult(program, program.startswith("ddetr "), times[program], first_losses[program]) for program in runs
+        StepResult(program, program.startswith(OURS), times[program], first_losses[program]) for program in runs
     )
     return TrainingSection(name, options.batch_size, results, absent, peer_versions())
 

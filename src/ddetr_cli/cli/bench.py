@@ -13,6 +13,8 @@ from ddetr_cli.cli.timed import DetectFinisher, DetectFolder, EvalScores, TrainS
 from ddetr_cli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ddetr_cli.bench.run import BenchReport
     from ddetr_cli.bench.tables import Table
 
@@ -137,6 +139,9 @@ def bench(
             "cheap for everyone.",
         ),
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Write the tables in Markdown, for a README or an issue.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write everything measured to this file.")
     ] = None,
@@ -153,7 +158,7 @@ def bench(
     A ratio to another program depends on the allocator: run once with --allocator default and once with tuned.
     """
     if compare is not None:
-        _compare(compare, json_file)
+        _compare(compare, json_file, as_markdown=markdown)
         return
     from ddetr_cli.bench import options as what
     from ddetr_cli.inference.device import check_device_name
@@ -203,7 +208,7 @@ def bench(
             score=score,
             training=TrainSteps(),
         )
-    console.write_result(_text(report), sole_output=json_file is None)
+    console.write_result(_text(report, as_markdown=markdown), sole_output=json_file is None)
     if json_file is not None:
         from ddetr_cli.atomic import write_json
 
@@ -228,11 +233,12 @@ def _check_plot(plot: Path, drawn: list[str]) -> None:
     check_plots("--plot")
 
 
-def _compare(reports: tuple[Path, Path], json_file: Path | None) -> None:
+def _compare(reports: tuple[Path, Path], json_file: Path | None, *, as_markdown: bool) -> None:
     from ddetr_cli.bench.comparison import compare_reports
 
     comparison = compare_reports(*reports)
-    console.write_result(_table_text(comparison.table()), sole_output=json_file is None)
+    text = _table_text(comparison.table(), as_markdown=as_markdown)
+    console.write_result(text, sole_output=json_file is None)
     if json_file is not None:
         from ddetr_cli.atomic import write_json
 
@@ -264,7 +270,7 @@ class _Talk:
         (console.say if self._progress is None else self._progress.say)(text)
 
 
-def _text(report: BenchReport) -> str:
+def _text(report: BenchReport, *, as_markdown: bool) -> str:
     from ddetr_cli.bench.allocator import describe
 
     options, machine = report.options, report.machine
@@ -275,18 +281,37 @@ def _text(report: BenchReport) -> str:
         f"on {machine['device']}: {where}; allocator {describe(machine['allocator'])}",
         ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         str(report.kernels),
-        "",
     ]
-    return "\n".join([*lines, *map(_table_text, report.tables())])
+    if as_markdown:
+        lines = [f"- {line}" for line in lines]
+    return "\n".join([*lines, "", *(_table_text(table, as_markdown=as_markdown) for table in report.tables())])
 
 
-def _table_text(table: Table) -> str:
+def _table_text(table: Table, *, as_markdown: bool) -> str:
+    if as_markdown:
+        return table.markdown()
+    drawn = _drawn(table, table.headings)
+    if max(map(len, drawn.splitlines())) > console.RESULT_WIDTH:
+        columns = zip(table.headings, *table.rows, strict=True)
+        drawn = _drawn(table, [_folded(heading, cells) for heading, *cells in columns])
+    return "\n".join([table.title, drawn, *table.notes, "", ""])
+
+
+def _drawn(table: Table, headings: Sequence[str]) -> str:
+    """The table as wide as it needs to be: a name or a figure that is folded cannot be read."""
     from rich import box
     from rich.table import Table as RichTable
 
     drawn = RichTable(box=box.SIMPLE, pad_edge=False)
-    for number, heading in enumerate(table.headings):
-        drawn.add_column(heading, justify="left" if number < table.labels else "right", overflow="fold")
+    for number, heading in enumerate(headings):
+        drawn.add_column(heading, justify="left" if number < table.labels else "right", no_wrap=True)
     for row in table.rows:
         drawn.add_row(*row)
-    return "\n".join([table.title, console.render(drawn).rstrip(), *table.notes, "", ""])
+    return "\n".join(line.rstrip() for line in console.render(drawn, width=10_000).rstrip().splitlines())
+
+
+def _folded(heading: str, cells: Sequence[str]) -> str:
+    """A heading in lines no wider than what stands below it, or than its longest word."""
+    from textwrap import fill
+
+    return fill(heading, max(map(len, (*heading.split(), *cells))), break_long_words=False)

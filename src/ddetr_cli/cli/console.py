@@ -43,6 +43,9 @@ EXIT_CODES: dict[int, str] = {
     143: "stopped by SIGTERM, finished work saved",
 }
 
+# Of tables among the results.
+RESULT_WIDTH = 120
+
 # Plain progress (no terminal) is for log files: a line now and then, not one per image.
 PLAIN_PROGRESS_SECONDS = 10.0
 
@@ -159,12 +162,12 @@ def show(renderable: RenderableType) -> None:
     talk.flush()
 
 
-def render(renderable: RenderableType) -> str:
-    """A rich table or text as plain text, for ``write_result``."""
+def render(renderable: RenderableType, width: int = RESULT_WIDTH) -> str:
+    """A rich table or text as plain text of at most ``width`` columns, for ``write_result``."""
     from rich.console import Console
 
     buffer = io.StringIO()
-    Console(file=buffer, markup=False, emoji=False, highlight=False, width=120, color_system=None).print(renderable)
+    Console(file=buffer, markup=False, emoji=False, highlight=False, width=width, color_system=None).print(renderable)
     return buffer.getvalue()
 
 
