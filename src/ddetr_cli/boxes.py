@@ -1,6 +1,6 @@
 """Boxes: conversions, areas, IoU and generalised IoU.
 
-# N, M numbers of boxes; the last axis holds the four coordinates
+# N, M numbers of boxes; the last axis holds the four coordinates; axes before those of N and M broadcast
 Formats: ``cxcywh`` centre and size, ``xyxy`` two corners, ``xywh`` corner and size (COCO's). The unit is the
 caller's: pixels or fractions of the image.
 """
@@ -35,18 +35,18 @@ def area(boxes_xyxy: Tensor) -> Tensor:
 
 
 def iou(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and union area of every pair, both (N,M), of boxes (N,4) and (M,4). 0/0 is NaN, as in the authors' code."""
-    top_left = torch.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
-    bottom_right = torch.minimum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])
+    """IoU and union area of every pair, (...,N,M), of boxes (...,N,4) and (...,M,4). 0/0 is NaN, as the authors'."""
+    top_left = torch.maximum(a_xyxy[..., :, None, :2], b_xyxy[..., None, :, :2])
+    bottom_right = torch.minimum(a_xyxy[..., :, None, 2:], b_xyxy[..., None, :, 2:])
     intersection = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
-    union = area(a_xyxy)[:, None] + area(b_xyxy)[None, :] - intersection
+    union = area(a_xyxy)[..., :, None] + area(b_xyxy)[..., None, :] - intersection
     return intersection / union, union
 
 
 def generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """Generalised IoU (N,M) in [-1,1] of boxes (N,4) and (M,4). Source: arXiv:1902.09630."""
+    """Generalised IoU (...,N,M) in [-1,1] of boxes (...,N,4) and (...,M,4). Source: arXiv:1902.09630."""
     pair_iou, union = iou(a_xyxy, b_xyxy)
-    top_left = torch.minimum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
-    bottom_right = torch.maximum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])
+    top_left = torch.minimum(a_xyxy[..., :, None, :2], b_xyxy[..., None, :, :2])
+    bottom_right = torch.maximum(a_xyxy[..., :, None, 2:], b_xyxy[..., None, :, 2:])
     hull = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
     return pair_iou - (hull - union) / hull

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ddetr_cli.model.detector import DetectorOutput
 from ddetr_cli.presets import DEFORMABLE_DETR, DETR
+from ddetr_cli.train import matcher
 from ddetr_cli.train.criterion import OBJECTIVES, Criterion, focal_loss, paired_giou
-from ddetr_cli.train.matcher import Target, match
+from ddetr_cli.train.matcher import Objects, Stage, Target, match
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = [DEFORMABLE_DETR, DETR]
@@ -53,16 +54,25 @@ def _read(name: str) -> dict[str, Tensor]:
         return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
 
 
-def test_matches_are_the_authors(case: Case) -> None:
-    binary = [Target(torch.zeros_like(t.labels), t.boxes_cxcywh) for t in case.targets]
-    for name, pair in case.pairs.items():
-        (found,) = match([pair], [binary if name == "enc" else case.targets], OBJECTIVES[case.family].cost)
-        for image, (queries, objects) in enumerate(found):
+def _stages(case: Case) -> list[Stage]:
+    objects = Objects.of(case.targets, torch.device("cpu"))
+    decoder = [pair for name, pair in case.pairs.items() if name != "enc"]
+    stages = [Stage(torch.stack([p[0] for p in decoder]), torch.stack([p[1] for p in decoder]), objects)]
+    if "enc" in case.pairs:
+        stages.append(Stage(*(x[None] for x in case.pairs["enc"]), objects.of_one_class()))
+    return stages
+
+
+@pytest.mark.parametrize("most_costs", [matcher.MOST_COSTS, 1])
+def test_matches_are_the_authors(case: Case, most_costs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matcher, "MOST_COSTS", most_costs)
+    found = [layer for pairs in match(_stages(case), OBJECTIVES[case.family].cost).pairs for layer in pairs.unbind(1)]
+    for name, (_, images, queries, objects) in zip(case.pairs, found, strict=True):
+        for image in range(len(case.targets)):
             wanted = case.numbers[f"{name}_match{image}"]
-            order = objects.argsort()
-            wanted_order = wanted[1].argsort()
-            assert torch.equal(queries[order], wanted[0][wanted_order])
-            assert torch.equal(objects[order], wanted[1][wanted_order])
+            order, wanted_order = objects[images == image].argsort(), wanted[1].argsort()
+            assert torch.equal(queries[images == image][order], wanted[0][wanted_order])
+            assert torch.equal(objects[images == image][order], wanted[1][wanted_order])
 
 
 def test_every_loss_and_the_total_are_the_authors(case: Case) -> None:
@@ -106,12 +116,18 @@ def test_a_query_without_an_object_counts_a_tenth_in_detrs_class_loss() -> None:
     assert terms["loss_ce"].item() == pytest.approx(expected, rel=1e-12)
 
 
+def _match_one(logits: Tensor, boxes: Tensor, target: Target, family: str) -> list[list[Tensor]]:
+    """Of every stage and layer (4,P), where there is one of each."""
+    stage = Stage(logits[None], boxes[None], Objects.of([target], torch.device("cpu")))
+    return [list(pairs.unbind(1)) for pairs in match([stage], OBJECTIVES[family].cost).pairs]
+
+
 def test_more_objects_than_queries_match_every_query_once() -> None:
     boxes = torch.rand(1, 4, 4) * 0.5 + 0.2
     target = Target(torch.zeros(9, dtype=torch.long), torch.rand(9, 4) * 0.5 + 0.2)
-    ((pair,),) = match([(torch.zeros(1, 4, 2), boxes)], [[target]], OBJECTIVES[DEFORMABLE_DETR].cost)
-    assert sorted(pair[0].tolist()) == [0, 1, 2, 3]
-    assert len(set(pair[1].tolist())) == 4
+    (((_, _, queries, objects),),) = _match_one(torch.zeros(1, 4, 2), boxes, target, DEFORMABLE_DETR)
+    assert sorted(queries.tolist()) == [0, 1, 2, 3]
+    assert len(set(objects.tolist())) == 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,7 +136,7 @@ def test_a_cost_that_is_not_finite_still_matches_with_a_warning(family: str) -> 
     boxes[0, 0] = float("nan")
     logits[0, 1] = float("nan")
     with pytest.warns(RuntimeWarning, match="ddetr: matching: logits and boxes of the model are not finite"):
-        (((queries, objects),),) = match([(logits, boxes)], [[CENTRED]], OBJECTIVES[family].cost)
+        (((_, _, queries, objects),),) = _match_one(logits, boxes, CENTRED, family)
     assert queries.tolist() == [2] and objects.tolist() == [0]
 
 
@@ -128,10 +144,12 @@ def test_a_cost_that_is_not_finite_still_matches_with_a_warning(family: str) -> 
 def test_what_is_not_finite_is_named_once_however_often_it_comes(bad: int, name: str) -> None:
     good, predictions = even_predictions(), even_predictions()
     predictions[bad][0, 0, 0] = float("nan")
+    layers = [torch.stack(of_layers) for of_layers in zip(good, predictions, strict=True)]
+    objects = Objects.of([CENTRED], torch.device("cpu"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
-            match([good, predictions], [[CENTRED], [CENTRED]], OBJECTIVES[DEFORMABLE_DETR].cost)
+            match([Stage(*layers, objects)], OBJECTIVES[DEFORMABLE_DETR].cost)
     assert [str(warning.message).split(" of the model")[0] for warning in caught] == [f"ddetr: matching: {name}"]
 
 
@@ -143,7 +161,7 @@ def even_predictions() -> tuple[Tensor, Tensor]:
 def test_focal_loss_of_an_even_guess_is_a_quarter_of_the_weighted_cross_entropy() -> None:
     # p = 1/2: alpha * (1/2)^2 * ln 2 for a positive, (1 - alpha) * (1/2)^2 * ln 2 for a negative.
     loss = focal_loss(torch.zeros(2), torch.tensor([1.0, 0.0]))
-    assert loss.item() == pytest.approx((0.25 + 0.75) * 0.25 * np.log(2), rel=1e-6)
+    assert loss.sum().item() == pytest.approx((0.25 + 0.75) * 0.25 * np.log(2), rel=1e-6)
 
 
 def test_giou_of_a_box_with_itself_is_one_and_of_distant_boxes_is_negative() -> None:

@@ -92,7 +92,7 @@ def test_averaged_weights_follow_the_model_and_copy_counters() -> None:
     with torch.no_grad():
         model.weight.fill_(3.0)
         model.num_batches_tracked.fill_(7)
-    average.update(model)
+    average.update(model.state_dict())
     # First step: keep min(0.5, 1/11), so 1/11 * 1 + 10/11 * 3.
     assert average.state["weight"].tolist() == pytest.approx([31 / 11] * 2)
     assert average.state["num_batches_tracked"].item() == 7

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddetr_cli.ops import msda
+from ddetr_cli.transfer import upload
 
 
 class DeformableAttention(nn.Module):
@@ -78,7 +79,7 @@ class DeformableAttention(nn.Module):
 
         centre = along(reference[..., :2]).unsqueeze(2)
         if reference.shape[-1] == 2:
-            wh = torch.tensor(level_hw, dtype=offsets.dtype, device=offsets.device).view(self.levels, 2).flip(-1)
+            wh = upload(torch.tensor(level_hw, dtype=offsets.dtype), offsets.device).view(self.levels, 2).flip(-1)
             moved = centre + per_head / along(wh)
         else:
             moved = centre + per_head / self.points * along(reference[..., 2:]).unsqueeze(2) * 0.5

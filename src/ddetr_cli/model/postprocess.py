@@ -16,6 +16,7 @@ from torch import Tensor
 from ddetr_cli.boxes import cxcywh_to_xyxy
 from ddetr_cli.model.detector import DetectorOutput
 from ddetr_cli.presets import DETR
+from ddetr_cli.transfer import upload
 
 if TYPE_CHECKING:
     from ddetr_cli.model.faster_rcnn import SuppressedOutput
@@ -80,5 +81,5 @@ def postprocess_softmax(logits: Tensor, boxes_cxcywh: Tensor, sizes_hw: Sizes) -
 
 def _to_pixels(boxes: Tensor, sizes_hw: Sizes) -> Tensor:
     """Boxes (B,N,4) xyxy in [0,1], in pixels of images of these sizes."""
-    hw = torch.as_tensor(sizes_hw, dtype=boxes.dtype, device=boxes.device)
-    return boxes * hw[:, [1, 0, 1, 0]][:, None]
+    whwh = torch.as_tensor(sizes_hw, dtype=boxes.dtype).flip(-1).repeat(1, 2)
+    return boxes * upload(whwh, boxes.device)[:, None]

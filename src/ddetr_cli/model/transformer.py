@@ -257,8 +257,8 @@ def encoder_reference(level_hw: Sequence[int], valid_ratios: Tensor) -> Tensor:
         x = torch.arange(0.5, w, dtype=dtype, device=device)
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
         grid = torch.stack((grid_x.reshape(-1), grid_y.reshape(-1)), dim=-1)
-        size = valid_ratios[:, None, level] * torch.tensor([w, h], dtype=dtype, device=device)
-        centres.append(grid[None] / size)
+        size = torch.stack((valid_ratios[:, level, 0] * w, valid_ratios[:, level, 1] * h), dim=-1)
+        centres.append(grid[None] / size[:, None])
     return torch.cat(centres, dim=1)[:, :, None] * valid_ratios[:, None]
 
 

@@ -55,8 +55,7 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same in memory that a GPU copies from while the host goes on; torch's loader asks for it."""
         is_padding = None if self.is_padding is None else self.is_padding.pin_memory()
-        targets = [Target(t.labels.pin_memory(), t.boxes_cxcywh.pin_memory()) for t in self.targets]
-        return replace(self, pixels=self.pixels.pin_memory(), is_padding=is_padding, targets=targets)
+        return replace(self, pixels=self.pixels.pin_memory(), is_padding=is_padding)
 
 
 class TrainingSample(NamedTuple):

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ class Epochs:
         self.views: Views | None = None
         self._pace = Pacemaker(self.recipe.epochs, self.options.eval_every, trainer.device.type)
         self._unreadable: dict[int, str] = {}  # by this process since the last agreement
+        self._untold: deque[tuple[int, StepResult]] = deque()
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
@@ -180,7 +182,7 @@ class Epochs:
                 arrived = time.perf_counter()
                 num_boxes = self._agree(parts)
                 if num_boxes is None:
-                    return False
+                    break
                 factor = rate_factor(self.recipe, state.epoch * steps + state.step, steps)
                 result = self.trainer.step(parts, factor=factor, num_boxes=num_boxes)
                 seconds = time.perf_counter() - start
@@ -188,10 +190,12 @@ class Epochs:
                 images = sum(len(part.targets) for part in parts) * self.ranks.count
                 self._pace.step(images, seconds, arrived - start, result.device_seconds)
                 self.progress.pace(self._pace.now(state.epoch, state.step, steps))
-                self.progress.step(state.epoch + 1, state.step, steps, result.loss)
+                self._untold.append((state.step, result))
+                self._tell(wait=False)
                 if self.ranks.is_main and time.monotonic() - self._saved_at >= 60 * self.options.save_every:
                     self._save()
-        return True
+        self._tell(wait=True)
+        return state.step >= steps
 
     def _agree(self, parts: list[Batch]) -> float | None:
         """What the losses of the coming step are divided by; None where any process has been asked to stop.
@@ -230,12 +234,21 @@ class Epochs:
         sums.seconds += seconds
         sums.wait_seconds += waited
         sums.device_seconds += result.device_seconds
-        if not result.terms:
-            sums.skipped += 1
-            return
-        sums.counted += 1
-        for name, value in {"loss": result.loss, **result.terms}.items():
-            sums.losses[name] = sums.losses.get(name, 0.0) + value
+
+    def _tell(self, *, wait: bool) -> None:
+        """Tell of, and add up, the steps whose numbers have come from the device; if ``wait``, all there were."""
+        if wait:
+            self.trainer.settle()
+        sums = self.state.sums
+        while self._untold and (wait or self._untold[0][1].is_known):
+            step, result = self._untold.popleft()
+            if result.terms:
+                sums.counted += 1
+                for name, value in {"loss": result.loss, **result.terms}.items():
+                    sums.losses[name] = sums.losses.get(name, 0.0) + value
+            else:
+                sums.skipped += 1
+            self.progress.step(self.state.epoch + 1, step, self.state.steps, result.loss)
 
     def _finish_epoch(self) -> bool:
         """Validate and keep what the epoch gave; False where asked to stop before it was validated."""
@@ -312,6 +325,7 @@ class Epochs:
 
     def _save(self) -> None:
         if self.ranks.is_main:
+            self._tell(wait=True)
             self.checkpoints.save(self.trainer.steps_done, snapshot(self.state, self.trainer))
         self._saved_at = time.monotonic()
 
@@ -328,6 +342,7 @@ class Epochs:
     def _diverged(self, error: DivergedError) -> DivergedError:
         good = next((path.name for path in self.checkpoints.found()), "none yet")
         if self.ranks.is_main:
+            self._tell(wait=True)
             with suppress(DdetrError):
                 self.checkpoints.save_apart(self.output / DIVERGED, snapshot(self.state, self.trainer))
         return DivergedError(

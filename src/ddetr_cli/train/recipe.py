@@ -159,12 +159,12 @@ class AveragedWeights:
         self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards the model's weights of this step."""
+    def update(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Move the average towards the ``state`` of the model after a step."""
         self.steps += 1
         keep = min(self.decay, self.steps / (10 + self.steps))
         ours, theirs = [], []
-        for name, tensor in model.state_dict().items():
+        for name, tensor in state.items():
             if tensor.is_floating_point():
                 ours.append(self.state[name])
                 theirs.append(tensor.detach())

@@ -18,6 +18,7 @@ MODEL, AVERAGE, OPTIMIZER = "model/", "average/", "optimizer/"
 
 def snapshot(state: RunState, trainer: Trainer) -> Snapshot:
     """The run as it stands; its tensors are the live ones."""
+    trainer.settle()
     state.steps_done, state.bad_in_a_row = trainer.steps_done, trainer.bad_in_a_row
     tensors: dict[str, Tensor] = {MODEL + name: tensor for name, tensor in trainer.model.state_dict().items()}
     if trainer.average is not None:
