@@ -69,7 +69,11 @@ def test_where_no_picture_can_be_read_one_is_named_whether_a_worker_reads_it_or_
         dataset = _set(data)
         with (
             open_batches(
-                dataset, BatchSampler(6, dataset.shapes, 6, 1), workers=workers, pin_memory=False, warn=pytest.fail
+                dataset,
+                BatchSampler(6, dataset.shapes, 6, 1),
+                workers=workers,
+                device=torch.device("cpu"),
+                warn=pytest.fail,
             ) as batches,
             pytest.raises(DatasetError, match="None of 6 images in a row could be read") as caught,
         ):
@@ -136,5 +140,5 @@ def test_processes_that_read_share_the_cache(data: Path) -> None:
     for path in (data / "images").iterdir():
         path.unlink()
     sampler = BatchSampler(6, dataset.shapes, 2, 1)
-    with open_batches(dataset, sampler, workers=1, pin_memory=False, warn=pytest.fail) as batches:
+    with open_batches(dataset, sampler, workers=1, device=torch.device("cpu"), warn=pytest.fail) as batches:
         assert [batch.unreadable for batch in batches] == [(), (), ()]

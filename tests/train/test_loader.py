@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import multiprocessing.process
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from ddetr_cli.data.coco import read_annotations
+from ddetr_cli.errors import DatasetError
 from ddetr_cli.train import loader
-from ddetr_cli.train.dataset import TrainingSet
-from ddetr_cli.train.loader import open_batches, usable_workers
+from ddetr_cli.train.dataset import Batch, TrainingSet
+from ddetr_cli.train.loader import SideStream, open_batches, sent_ahead, usable_workers
 from ddetr_cli.train.sampler import BatchSampler
 
 
@@ -58,10 +60,66 @@ def test_where_no_process_can_be_started_the_pictures_are_read_here(
     def none_left(_: object) -> None:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
-    with open_batches(data, sampler, workers=0, pin_memory=False, warn=progress.warn) as batches:
+    with open_batches(data, sampler, workers=0, device=torch.device("cpu"), warn=progress.warn) as batches:
         expected = [batch.pixels for batch in batches]
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", none_left)
-    with open_batches(data, sampler, workers=workers, pin_memory=False, warn=progress.warn) as batches:
+    with open_batches(data, sampler, workers=workers, device=torch.device("cpu"), warn=progress.warn) as batches:
         found = [batch.pixels for batch in batches]
     assert len(found) == 4 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert [("none to be had" in text) for text in progress.warnings] == [True] * workers
+
+
+def _numbered(number: int) -> Batch:
+    return Batch(torch.full((1, 3, 2, 2), float(number)), None, [])
+
+
+class Diary:
+    """A sender that goes nowhere, and writes down what it does."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def send(self, batch: Batch) -> Batch:
+        self.lines.append(f"send {int(batch.pixels[0, 0, 0, 0])}")
+        return batch
+
+    def receive(self, sent: Any) -> Batch:
+        self.lines.append(f"receive {int(sent.pixels[0, 0, 0, 0])}")
+        return sent
+
+
+def test_the_next_batch_is_on_its_way_while_one_is_worked_at() -> None:
+    diary = Diary()
+    for batch in sent_ahead(iter([_numbered(0), _numbered(1), _numbered(2)]), diary):
+        diary.lines.append(f"work {int(batch.pixels[0, 0, 0, 0])}")
+    assert diary.lines == [
+        "send 0", "send 1", "receive 0", "work 0", "send 2", "receive 1", "work 1", "receive 2", "work 2",
+    ]  # fmt: skip
+
+
+def test_an_error_of_the_next_batch_does_not_cost_the_one_before() -> None:
+    def batches() -> Iterator[Batch]:
+        yield _numbered(0)
+        raise DatasetError("gone")
+
+    found = sent_ahead(batches(), Diary())
+    assert next(found).pixels[0, 0, 0, 0] == 0
+    with pytest.raises(DatasetError, match="gone"):
+        next(found)
+
+
+def test_no_batch_is_no_batch() -> None:
+    assert list(sent_ahead(iter([]), Diary())) == []
+
+
+@pytest.mark.usefixtures("require_cuda")
+def test_a_gpu_computes_with_whole_batches_that_came_beside_its_work() -> None:
+    device = torch.device("cuda")
+    sizes = [(2, 3, 600 + 40 * n, 800) for n in range(12)]
+    given = [Batch(torch.randn(size), torch.rand(size[0], *size[2:]) > 0.5, []).pin_memory() for size in sizes]
+    sums = []
+    for batch in sent_ahead(iter(given), SideStream(device)):
+        assert batch.is_padding is not None
+        sums.append((batch.pixels * ~batch.is_padding[:, None]).double().sum())
+    expected = [(b.pixels * ~b.is_padding[:, None]).double().sum() for b in given if b.is_padding is not None]
+    assert torch.allclose(torch.stack(sums).cpu(), torch.stack(expected), rtol=1e-6)

@@ -52,6 +52,12 @@ class Batch:
     unreadable: tuple[tuple[int, str], ...] = ()
     own_pixels: int = 0  # of B*H*W: those of the pictures themselves
 
+    def to(self, device: torch.device) -> Batch:
+        """The same with pixels, as convolutions like them, and padding on ``device``."""
+        pixels = self.pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
+        is_padding = None if self.is_padding is None else self.is_padding.to(device, non_blocking=True)
+        return replace(self, pixels=pixels, is_padding=is_padding)
+
     def pin_memory(self) -> Batch:
         """The same in memory that a GPU copies from while the host goes on; torch's loader asks for it."""
         is_padding = None if self.is_padding is None else self.is_padding.pin_memory()

@@ -172,9 +172,8 @@ class Epochs:
         if state.step >= steps:
             return True
         self.trainer.train_mode()
-        is_cuda = self.trainer.device.type == "cuda"
         with open_batches(
-            self.data, self.sampler, workers=workers, pin_memory=is_cuda, warn=self.progress.warn
+            self.data, self.sampler, workers=workers, device=self.trainer.device, warn=self.progress.warn
         ) as batches:
             while state.step < steps:
                 start = time.perf_counter()

@@ -9,6 +9,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
@@ -47,13 +48,15 @@ def usable_workers(wanted: int, images_per_batch: int, image_size: int, warn: Ca
 
 @contextmanager
 def open_batches(
-    data: TrainingSet, sampler: BatchSampler, *, workers: int, pin_memory: bool, warn: Callable[[str], None]
+    data: TrainingSet, sampler: BatchSampler, *, workers: int, device: torch.device, warn: Callable[[str], None]
 ) -> Iterator[Iterator[Batch]]:
     """The batches of one epoch, while the block runs; the processes behind them end with it.
 
-    Where no process can be started the pictures are read here. The iterator raises DatasetError, and DeviceError
-    where a process was killed.
+    On a GPU the next one is there, or on its way. Where no process can be started the pictures are read here. The
+    iterator raises DatasetError, and DeviceError where a process was killed.
     """
+
+    is_cuda = device.type == "cuda"
 
     def start(count: int) -> Iterator[Batch]:
         loader = DataLoader(
@@ -61,7 +64,7 @@ def open_batches(
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=count,
-            pin_memory=pin_memory,
+            pin_memory=is_cuda,
             prefetch_factor=_AHEAD if count else None,
             # Not Python 3.14's default: a server between us and the readers would outlive both.
             multiprocessing_context="fork" if count else None,
@@ -90,9 +93,53 @@ def open_batches(
         warn(f"processes: none to be had for reading images ({error.strerror}); slower without.")
         batches = start(0)
     try:
-        yield _plain_errors(batches)
+        plain = _plain_errors(batches)
+        yield sent_ahead(plain, SideStream(device)) if is_cuda else plain
     finally:
         del batches
+
+
+class Sender(Protocol):
+    """Takes batches to a device in two steps, between which they are on their way."""
+
+    def send(self, batch: Batch) -> Any: ...
+    def receive(self, sent: Any) -> Batch: ...
+
+
+class SideStream:
+    """The ``Sender`` to a GPU, which copies beside what it computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def send(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        with torch.cuda.stream(self._stream):
+            return batch.to(self._device), self._stream.record_event()
+
+    def receive(self, sent: tuple[Batch, torch.cuda.Event]) -> Batch:
+        batch, arrival = sent
+        now = torch.cuda.current_stream(self._device)
+        now.wait_event(arrival)
+        for tensor in (batch.pixels, batch.is_padding):
+            if tensor is not None:
+                tensor.record_stream(now)  # its memory is the other stream's, which must not use it again before
+        return batch
+
+
+def sent_ahead(batches: Iterator[Batch], sender: Sender) -> Iterator[Batch]:
+    """``batches`` where ``sender`` takes them; each next one has been sent when one is handed out."""
+    ahead: Any = None
+    try:
+        for batch in batches:
+            before, ahead = ahead, sender.send(batch)
+            if before is not None:
+                yield sender.receive(before)
+    except DdetrError:
+        if ahead is not None:
+            yield sender.receive(ahead)  # whole, whatever became of the next
+        raise
+    if ahead is not None:
+        yield sender.receive(ahead)
 
 
 def _plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:

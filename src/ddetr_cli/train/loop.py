@@ -217,11 +217,10 @@ class Trainer:
         names: list[str] = []
         waited = 0.0
         for number, part in enumerate(parts, start=1):
-            pixels = part.pixels.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-            is_padding = None if part.is_padding is None else part.is_padding.to(self.device, non_blocking=True)
+            there = part.to(self.device)
             with self._exchange(is_last=number == len(parts)):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-                    output = self._network(pixels, is_padding)
+                    output = self._network(there.pixels, there.is_padding)
                 total, terms = self.criterion(output, part.targets, num_boxes, share=len(part.targets) / images)
                 waited += self.criterion.waited_seconds
                 total.backward()
