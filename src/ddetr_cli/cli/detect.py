@@ -142,7 +142,7 @@ def detect(
         ),
     ] = "coco,images",
     device: Device = "auto",
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = "auto",
     precision: Precision = "auto",
     image_size: ImageSize = None,
     preprocess: Preprocess = "original",

@@ -101,7 +101,7 @@ def evaluate(
     image_size: ImageSize = None,
     precision: Precision = "fp32",
     preprocess: Preprocess = "original",
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = "auto",
     preset: Preset = None,
     device: Device = "auto",
     map_missing: Annotated[
@@ -304,7 +304,7 @@ def _detections_of_model(
     image_size: int | None,
     precision: str,
     preprocess: Literal["original", "hf"],
-    batch_size: int,
+    batch_size: str,
     device: str,
     map_missing: Literal["error", "drop"],
 ) -> tuple[DetectionTable, bool] | None:
@@ -342,7 +342,7 @@ def _detections_of_model(
         unmapped = non_finite = 0
         with console.Progress(len(mine.images), unit="images", description="eval", quiet=quiet) as progress:
             for result in predict_images(
-                predictor, mine, images, mapping, batch_size=batch_size, map_missing=map_missing
+                predictor, mine, images, mapping, batch_size=predictor.batch_size, map_missing=map_missing
             ):
                 builder.extend(result.detections)
                 unmapped += result.unmapped

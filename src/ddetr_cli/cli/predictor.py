@@ -22,14 +22,24 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "r50"
 MODEL_HELP = "Checkpoint file, training run, 'demo', preset or hub id."
 
+_MOST_TOGETHER = 1024
+
+
+def _batch_size(text: str) -> str:
+    if text != "auto" and not (text.isdecimal() and 1 <= int(text[:9]) <= _MOST_TOGETHER):
+        raise typer.BadParameter(f"{text!r} is neither a number from 1 to {_MOST_TOGETHER} nor auto.")
+    return text
+
+
 BatchSize = Annotated[
-    int,
+    str,
     typer.Option(
         "--batch-size",
         "-b",
-        min=1,
-        max=1024,
-        help="Images that share a run on a GPU, if of equal size; on the CPU each runs alone in any case.",
+        metavar="N|auto",
+        callback=_batch_size,
+        help="Images that share a run on a GPU, if of equal size (auto: by its free memory); on the CPU each runs "
+        "alone in any case.",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
@@ -110,7 +120,7 @@ def open_predictor(
     precision: str,
     image_size: int | None,
     preprocess: Literal["original", "hf"],
-    batch_size: int,
+    batch_size: str,
     tiles: Tiling | None = None,
     quiet: bool = False,
 ) -> tuple[LoadedModel, Predictor]:
@@ -134,7 +144,7 @@ def open_predictor(
         image_size=image_size,
         preprocess=preprocess,
         tiles=tiles,
-        batch_size=batch_size,
+        batch_size="auto" if batch_size == "auto" else int(batch_size),
         on_notice=console.say_warning,
     )
     if not quiet:
@@ -142,5 +152,6 @@ def open_predictor(
             f"model: {loaded.source} ({loaded.config.preset}, {len(loaded.classes)} classes): "
             f"{report.loaded} tensors loaded, {len(report.missing)} missing, {len(report.left_over)} left over; "
             f"{predictor.device}, {predictor.precision}, short side {predictor.image_size}"
+            + ("" if predictor.device.type == "cpu" else f", up to {predictor.batch_size} together")
         )
     return loaded, predictor

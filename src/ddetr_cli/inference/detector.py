@@ -7,7 +7,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ddetr_cli.data.formats import MAX_PIXELS
 from ddetr_cli.data.images import open_picture
@@ -49,7 +49,7 @@ class Detector:
         preprocess: Preprocess = "original",
         threshold: float = 0.5,
         nms: float | None = None,
-        batch_size: int = 8,
+        batch_size: int | Literal["auto"] = "auto",
         preset: str | None = None,
         max_pixels: int = MAX_PIXELS,
         tiles: int | None = None,

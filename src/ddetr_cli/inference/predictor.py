@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from ddetr_cli.errors import DeviceError, UsageError
 from ddetr_cli.inference.ahead import helper_threads, map_ahead
+from ddetr_cli.inference.batching import measured_batch_size
 from ddetr_cli.inference.device import resolve_device
 from ddetr_cli.inference.fast import accelerate, best_precision
-from ddetr_cli.inference.graphs import accelerate_on_gpu
+from ddetr_cli.inference.graphs import MOST_GRAPHS, accelerate_on_gpu
 from ddetr_cli.inference.preparation import Preparation, Prepared, Preprocess
 from ddetr_cli.model.postprocess import decode
 from ddetr_cli.presets import LARGEST_IMAGE_SIZE, SMALLEST_IMAGE_SIZE
@@ -76,8 +77,8 @@ class Predictor:
     autocast. Scores and boxes are always computed in fp32. ``image_size`` is the short side the model sees, its own
     by default; the long side is capped at 1333/800 of it, by the size rule of the authors or, with ``preprocess``
     "hf", of transformers. With ``tiles`` large pictures are looked at in parts as well. ``batch_size`` bounds what
-    shares one run on a GPU; running out of memory halves it, which is reported to ``on_notice`` once. Raises
-    UsageError and DeviceError.
+    shares one run on a GPU, "auto" by what a picture takes of its memory; running out of that halves it, which is
+    reported to ``on_notice`` once. Raises UsageError and DeviceError.
     """
 
     def __init__(
@@ -89,12 +90,12 @@ class Predictor:
         image_size: int | None = None,
         preprocess: Preprocess = "original",
         tiles: Tiling | None = None,
-        batch_size: int = 8,
+        batch_size: int | Literal["auto"] = 8,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
         if precision not in ("auto", "fp32", *_AUTOCAST_DTYPES):
             raise UsageError(f"precision {precision!r}: unknown. Choose auto, fp32, bf16 or fp16.")
-        if batch_size < 1:
+        if batch_size != "auto" and batch_size < 1:
             raise UsageError(f"batch size {batch_size}: too small. Give at least 1.")
         if image_size is not None and not SMALLEST_IMAGE_SIZE <= image_size <= LARGEST_IMAGE_SIZE:
             raise UsageError(
@@ -103,7 +104,6 @@ class Predictor:
         self.device = device if isinstance(device, torch.device) else resolve_device(device, on_notice=on_notice)
         self.image_size = loaded.config.image_size if image_size is None else image_size
         self.prepare = Preparation(loaded.config.family, self.image_size, preprocess, tiles)
-        self.batch_size = 1 if self.device.type == "cpu" else batch_size
         self.classes = loaded.classes
         self._family = loaded.config.family
         self._model = loaded.model.eval().to(self.device)
@@ -114,6 +114,9 @@ class Predictor:
         self.fast = accelerate(self._model, precision) if on_cpu else accelerate_on_gpu(self._model, precision)
         self._on_notice = on_notice
         self._has_told_of_memory = False
+        self.batch_size = 1
+        if not on_cpu:
+            self.batch_size = self._measured_batch_size() if batch_size == "auto" else batch_size
 
     def predict(self, images: Sequence[Image.Image]) -> list[ImageDetections]:
         """Detections of upright RGB pictures of any sizes, in their order. Raises DeviceError."""
@@ -214,6 +217,13 @@ class Predictor:
         out = self.forward(torch.stack([image.pixels for image in images]))
         rows = decode(self._family, out, [image.size_hw for image in images])
         return [_finite(row.boxes_xyxy_px, row.scores, row.labels) for row in rows]
+
+    def _measured_batch_size(self) -> int:
+        """As many pictures of the largest size as fit beside the graphs that will be kept."""
+        size_hw = self.image_size, self.image_size * 1333 // 800
+        picture = Prepared(torch.zeros(3, *size_hw), size_hw)
+        runs_kept = 0 if self._fast is None else MOST_GRAPHS
+        return measured_batch_size(lambda: self._try_batch([picture]) is not None, self.device, runs_kept=runs_kept)
 
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = _AUTOCAST_DTYPES.get(self.precision)
