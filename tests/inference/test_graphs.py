@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from ddetr_cli.data.images import read_image
 from ddetr_cli.errors import UsageError
 from ddetr_cli.inference import graphs
 from ddetr_cli.inference.derived import DerivedDetector, can_derive
 from ddetr_cli.inference.graphs import GraphDetector, Run, accelerate_on_gpu
+from ddetr_cli.inference.predictor import Predictor
 from ddetr_cli.model.detector import DeformableDetr, DetectorOutput, build_detector
-from ddetr_cli.presets import get_preset
+from ddetr_cli.model.postprocess import decode
+from ddetr_cli.presets import DEFORMABLE_DETR, get_preset
+from ddetr_cli.weights import load_model
 
 SMALL = {
     "hidden_dim": 64,
@@ -51,6 +56,8 @@ def pictures(height: int = 64, width: int = 96, count: int = 2) -> Tensor:
         ("r50-refine", {"backbone": "resnet-tiny"}),
         ("r50-single-scale", {}),
         ("r50-single-scale-dc5", {}),
+        ("r50-two-stage", {}),
+        ("tiny", {"queries": 300}),  # more than there are positions
     ],
 )
 def test_in_fp32_the_derived_model_gives_what_the_model_gives(preset: str, changes: dict[str, object]) -> None:
@@ -60,19 +67,49 @@ def test_in_fp32_the_derived_model_gives_what_the_model_gives(preset: str, chang
         with torch.inference_mode():
             expected = model(pictures(*size), None)
         found = derived(pictures(*size))
-        torch.testing.assert_close(found.boxes_cxcywh, expected.boxes_cxcywh, rtol=0, atol=1e-4)
-        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-3, atol=1e-3)
+        # Logits of up to 5; the largest differences seen are 7e-6 and 2e-5.
+        torch.testing.assert_close(found.boxes_cxcywh, expected.boxes_cxcywh, rtol=0, atol=3e-5)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_in_bf16_it_stays_near_the_model_and_its_geometry_wide() -> None:
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
+def test_in_16_bits_it_stays_near_the_model_and_its_geometry_wide(dtype: torch.dtype, most: float) -> None:
     model = small_model(backbone="resnet-tiny")
-    found = DerivedDetector(model, torch.bfloat16)(pictures())
+    found = DerivedDetector(model, dtype)(pictures())
     with torch.inference_mode():
         expected = model(pictures(), None)
     assert found.logits.dtype == found.boxes_cxcywh.dtype == torch.float32
-    assert (
-        found.boxes_cxcywh - expected.boxes_cxcywh
-    ).abs().mean() <= 0.02  # 8 bits through 4 layers, of random weights
+    # 8 or 11 bits through 4 layers of random weights: 9e-4 and 1e-4 were seen.
+    assert (found.boxes_cxcywh - expected.boxes_cxcywh).abs().mean() <= most
+
+
+@pytest.mark.parametrize(
+    ("dtype", "score", "pixels"),
+    [(torch.float32, 1e-4, 1e-2), (torch.float16, 2e-2, 1.0), (torch.bfloat16, 4e-2, 4.0)],
+)
+def test_of_two_stages_the_demo_finds_what_the_model_finds(
+    dtype: torch.dtype, score: float, pixels: float, repository: Path
+) -> None:
+    loaded = load_model("demo")
+    predictor = Predictor(loaded, device="cpu", precision="fp32")
+    assert isinstance(loaded.model, DeformableDetr)
+    derived = DerivedDetector(loaded.model, dtype)
+    for path in sorted((repository / "examples" / "images").glob("*.jpg"))[:2]:
+        picture = predictor.prepare(read_image(path))
+        with torch.inference_mode():
+            plain = loaded.model(picture.pixels[None], None)
+        (expected,), (found,) = (
+            decode(DEFORMABLE_DETR, output, [picture.size_hw]) for output in (plain, derived(picture.pixels[None]))
+        )
+        count = int((expected.scores > 0.5).sum())
+        assert count >= 2
+        assert sorted(found.labels[:count].tolist()) == sorted(expected.labels[:count].tolist())
+        for i in range(count):
+            distance = (found.boxes_xyxy_px[:count] - expected.boxes_xyxy_px[i]).abs().amax(1)
+            nearest = int(distance.argmin())
+            assert distance[nearest] <= pixels
+            assert found.labels[nearest] == expected.labels[i]
+            assert abs(float(found.scores[nearest] - expected.scores[i])) <= score
 
 
 def test_the_model_itself_is_left_as_it_was() -> None:
@@ -84,10 +121,9 @@ def test_the_model_itself_is_left_as_it_was() -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_models_of_two_stages_and_of_other_families_are_not_derived() -> None:
+def test_models_of_other_families_are_not_derived() -> None:
     assert can_derive(small_model(backbone="resnet-tiny"))
-    assert not can_derive(build_detector(get_preset("tiny", **SMALL)))
-    assert not can_derive(torch.nn.Linear(2, 2))
+    assert not can_derive(build_detector(get_preset("detr-tiny")))
 
 
 @dataclass
@@ -159,12 +195,14 @@ def test_it_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("require_cuda")
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("preset", "precision"), [("r50", "fp32"), ("r50", "fp16"), ("r50", "bf16"), ("r50-two-stage", "fp32")]
+)
 def test_on_a_gpu_a_replayed_graph_gives_what_the_model_gives(
-    precision: str, monkeypatch: pytest.MonkeyPatch
+    preset: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDETR_CUDA_INFERENCE", "fast")
-    model = small_model("r50").cuda()
+    model = small_model(preset).cuda()
     fast = accelerate_on_gpu(model, precision)
     assert fast is not None
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

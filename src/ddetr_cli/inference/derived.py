@@ -4,7 +4,8 @@
 
 Batch-norms are folded into convolutions, which run on channels-last maps; offsets and attention weights are one
 matrix product, the values of all decoder layers another; softmax, locations and sampling are one kernel; positions
-and reference points of a picture size are kept. For pictures without padding, and for models of one stage.
+and reference points of a picture size are kept. The proposals of a first stage are ranked by the one class that ranks
+them, and only the best get a box. For pictures without padding, as ``Predictor`` makes them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,16 @@ from ddetr_cli.inference.fast.trunk import fold
 from ddetr_cli.model.attention import DeformableAttention
 from ddetr_cli.model.backbone import BasicBlock, Bottleneck, ResNet
 from ddetr_cli.model.detector import DeformableDetr, DetectorOutput
-from ddetr_cli.model.position import sine_position
-from ddetr_cli.model.transformer import DecoderLayer, EncoderLayer, encoder_reference, refine_boxes
+from ddetr_cli.model.position import encode_coordinate, sine_position
+from ddetr_cli.model.transformer import (
+    GEOMETRY,
+    DecoderLayer,
+    DeformableTransformer,
+    EncoderLayer,
+    anchor_logits,
+    encoder_reference,
+    refine_boxes,
+)
 from ddetr_cli.ops import msda_fused
 
 # Picture sizes whose positions are kept, a few megabytes each.
@@ -35,6 +44,7 @@ class _Constants:
     level_hw: list[int]
     position: Tensor  # (1,S,C), level embeddings included
     reference: Tensor  # (1,S,L,2)
+    anchors: Tensor  # (1,S,4) of the first stage, as logits; infinite where a position proposes nothing
 
 
 class DerivedDetector(nn.Module):
@@ -47,8 +57,6 @@ class DerivedDetector(nn.Module):
 
     def __init__(self, model: DeformableDetr, dtype: torch.dtype) -> None:
         super().__init__()
-        if model.config.two_stage:
-            raise ValueError("DerivedDetector: not for two-stage models; can_derive says so.")
         self.config, self.dtype = model.config, dtype
         self.backbone = _folded(model.backbone).to(dtype).to(memory_format=torch.channels_last)
         self.input_proj = copy.deepcopy(model.input_proj).to(dtype).to(memory_format=torch.channels_last)
@@ -59,9 +67,12 @@ class DerivedDetector(nn.Module):
         self.decoder = nn.ModuleList([_DecoderLayer(layer).to(dtype) for layer in decoder])
         self.decoder_values = _merged(*(layer.cross_attn.value_proj for layer in decoder)).to(dtype)
         self.class_embed, self.bbox_embed = copy.deepcopy(model.class_embed), copy.deepcopy(model.bbox_embed)
-        self.reference_points = copy.deepcopy(transformer.reference_points)
         self.level_embed = copy.deepcopy(transformer.level_embed)
-        self.query_embed = copy.deepcopy(model.query_embed.weight)
+        self.start: _Learned | _Proposed
+        if model.config.two_stage:
+            self.start = _Proposed(transformer, self.class_embed[-1], self.bbox_embed[-1], dtype)
+        else:
+            self.start = _Learned(transformer, model.query_embed.weight, dtype)
         self._known: dict[tuple[int, ...], _Constants] = {}
         self.requires_grad_(False).eval()
 
@@ -77,9 +88,7 @@ class DerivedDetector(nn.Module):
             x = layer(x, constants.position, reference, level_hw)
 
         values = self.decoder_values(x).unflatten(-1, (len(self.decoder), heads, -1))  # (B,S,N,M,D)
-        query_position, hidden = self.query_embed.chunk(2, dim=-1)
-        current = self.reference_points(query_position).float().sigmoid().expand(B, -1, -1)
-        query_position, hidden = query_position.to(self.dtype), hidden.to(self.dtype).expand(B, -1, -1)
+        current, query_position, hidden = self.start(x, constants.anchors)
         boxes = current
         for i, layer in enumerate(self.decoder):
             around = current[:, :, None].expand(-1, -1, self.config.levels, -1)
@@ -111,13 +120,71 @@ class DerivedDetector(nn.Module):
             encoded = [sine_position(p, self.config.hidden_dim).flatten(2).transpose(1, 2) for p in paddings]
             position = torch.cat([e + self.level_embed[i] for i, e in enumerate(encoded)], dim=1)
             whole = torch.ones(1, len(maps), 2, device=device)
-            self._known[key] = _Constants(level_hw, position.to(self.dtype), encoder_reference(level_hw, whole))
+            anchors, is_usable = anchor_logits(level_hw, paddings, GEOMETRY)
+            self._known[key] = _Constants(
+                level_hw,
+                position.to(self.dtype),
+                encoder_reference(level_hw, whole),
+                anchors.masked_fill(~is_usable[..., None], torch.inf),
+            )
         return self._known[key]
 
 
 def can_derive(model: nn.Module) -> bool:
     """Whether ``DerivedDetector`` takes this model."""
-    return isinstance(model, DeformableDetr) and not model.config.two_stage
+    return isinstance(model, DeformableDetr)
+
+
+class _Learned(nn.Module):
+    """Where the decoder starts in models of one stage: the same for every picture."""
+
+    reference: Tensor
+    position: Tensor
+    content: Tensor
+
+    def __init__(self, transformer: DeformableTransformer, query_embed: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        position, content = query_embed.detach().chunk(2, dim=-1)
+        reference = transformer.reference_points(position).float().sigmoid().detach()
+        self.register_buffer("reference", reference.clone())
+        self.register_buffer("position", position.to(dtype).clone())
+        self.register_buffer("content", content.to(dtype).clone())
+
+    def forward(self, memory: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """References (B,Q,2) in [0,1], query positions and contents (B,Q,C)."""
+        B = len(memory)
+        return self.reference.expand(B, -1, -1), self.position.expand(B, -1, -1), self.content.expand(B, -1, -1)
+
+
+class _Proposed(nn.Module):
+    """Where the decoder starts in models of two stages: at the best proposals of the encoder."""
+
+    def __init__(
+        self, transformer: DeformableTransformer, class_head: nn.Module, box_head: nn.Module, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.config, self.dtype = transformer.config, dtype
+        self.output = copy.deepcopy(transformer.enc_output).to(dtype)
+        self.output_norm = copy.deepcopy(transformer.enc_output_norm).to(dtype)
+        self.transform = copy.deepcopy(transformer.pos_trans).to(dtype)
+        self.transform_norm = copy.deepcopy(transformer.pos_trans_norm).to(dtype)
+        self.rank = nn.Linear(transformer.config.hidden_dim, 1)
+        with torch.no_grad():
+            self.rank.weight.copy_(class_head.get_parameter("weight")[:1])
+            self.rank.bias.copy_(class_head.get_parameter("bias")[:1])
+        self.box_head = box_head
+
+    def forward(self, memory: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """References (B,Q,4) in [0,1], query positions and contents (B,Q,C)."""
+        C = memory.shape[-1]
+        features = self.output_norm(self.output(memory.masked_fill(anchors[..., :1].isinf(), 0.0)))
+        best = self.rank(features.float())[..., 0].topk(min(self.config.queries, memory.shape[1]), dim=1).indices
+        chosen = features.gather(1, best[..., None].expand(-1, -1, C)).float()
+        around = anchors.expand(len(memory), -1, -1).gather(1, best[..., None].expand(-1, -1, 4))
+        reference = (self.box_head(chosen) + around).sigmoid()
+        code = encode_coordinate(reference, C // 2).flatten(-2).to(self.dtype)
+        position, content = self.transform_norm(self.transform(code)).chunk(2, dim=-1)
+        return reference, position, content
 
 
 def _merged(*linears: nn.Linear) -> nn.Linear:

@@ -222,7 +222,7 @@ class Predictor:
         """As many pictures of the largest size as fit beside the graphs that will be kept."""
         size_hw = self.image_size, self.image_size * 1333 // 800
         picture = Prepared(torch.zeros(3, *size_hw), size_hw)
-        runs_kept = 0 if self._fast is None else MOST_GRAPHS
+        runs_kept = 0 if self.fast is None else MOST_GRAPHS
         return measured_batch_size(lambda: self._try_batch([picture]) is not None, self.device, runs_kept=runs_kept)
 
     def _autocast(self) -> AbstractContextManager[object]:
