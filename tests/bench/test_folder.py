@@ -28,10 +28,10 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.pictures = sorted(folder.iterdir())
-        self.runs: list[tuple[str, int]] = []
+        self.runs: list[tuple[str, int, bool]] = []
 
-    def __call__(self, predictor: Predictor, on_picture: Callable[[], None]) -> None:
-        self.runs.append((predictor.precision, predictor.image_size))
+    def __call__(self, predictor: Predictor, on_picture: Callable[[], None], *, draws: bool) -> None:
+        self.runs.append((predictor.precision, predictor.image_size, draws))
         for _ in self.pictures:
             on_picture()
 
@@ -51,8 +51,10 @@ def measured(folder: Path) -> tuple[Run, FolderSection]:
 
 def test_every_precision_runs_over_the_folder_in_every_round_at_the_size_asked_for(folder: Path) -> None:
     run, section = measured(folder)
-    assert sorted(run.runs) == [("bf16", 64), ("bf16", 64), ("fp32", 64), ("fp32", 64)]
-    assert [result.precision for result in section.results] == ["fp32", "bf16"]
+    expected = [(precision, 64, draws) for precision in ("bf16", "fp32") for draws in (False, True)]
+    assert sorted(run.runs) == sorted(2 * expected)
+    found = [(result.precision, result.output) for result in section.results]
+    assert found == [(precision, output) for precision in ("fp32", "bf16") for output in ("boxes", "boxes, pictures")]
 
 
 def test_memory_is_noted_after_every_picture(folder: Path) -> None:
@@ -74,7 +76,7 @@ def test_a_folder_without_a_readable_picture_is_refused(tmp_path: Path) -> None:
 
 
 def test_efficiency_is_the_rate_of_the_run_as_a_share_of_the_pure_one() -> None:
-    result = FolderResult("m", "fp32", Samples((0.5, 0.4)), Samples((0.4, 0.4)), tuple(range(1, 61)))
+    result = FolderResult("m", "fp32", "boxes", Samples((0.5, 0.4)), Samples((0.4, 0.4)), tuple(range(1, 61)))
     assert result.efficiency == Samples((0.8, 1.0))
     assert (result.settled_peak, max(result.resident)) == (50, 60)
     (table,) = FolderSection(Path("photos"), 60, (result,)).tables()

@@ -163,7 +163,6 @@ def test_when_every_image_is_bad_the_results_are_empty_and_the_exit_code_4(model
         ["--nms", "nan"],
         ["--tiles", "31"],
         ["--tile-overlap", "0.95"],
-        ["--tiles", "640", "--draft", "--format", "coco"],
         ["--batch-size", "0"],
         ["--batch-size", "-3"],
         ["--batch-size", "1000000000"],
@@ -513,26 +512,30 @@ def test_preprocess_hf_takes_the_size_of_transformers_and_is_on_record(model: st
     assert detections_in(tmp_path / "original") != detections_in(tmp_path / "hf")
 
 
-def test_draft_is_refused_with_pictures_and_recorded_without(
-    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out"
-    assert detect(model, photos, "-o", output, "--draft") == 2
-    assert (
-        "--draft: not with annotated pictures or crops (they need every pixel). Add --format coco."
-        in capsys.readouterr().err
-    )
-    assert not output.exists()
-    assert detect(model, photos, "-o", output, "--draft", "--format", "coco", "-q") == 0
-    assert json.loads((output / "images.json").read_text())["info"]["draft"] is True
+def test_large_jpegs_are_decoded_reduced_whatever_is_written_unless_asked_not_to(model: str, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.jpg")
+    common = [tmp_path / "large.jpg", "-t", 0, "-q"]
+    for name, options in (
+        ("boxes", ["--format", "coco"]),
+        ("pictures", ["--format", "coco,images"]),
+        ("whole", ["--format", "coco", "--no-draft"]),
+    ):
+        assert detect(model, *common, "-o", tmp_path / name, *options) == 0
+        info = json.loads((tmp_path / name / "images.json").read_text())["info"]
+        assert info["draft"] is (name != "whole")
+    assert detections_in(tmp_path / "boxes") == detections_in(tmp_path / "pictures")
+    assert detections_in(tmp_path / "boxes") != detections_in(tmp_path / "whole")
+    with Image.open(tmp_path / "pictures" / "annotated" / "large.jpg") as annotated:
+        assert annotated.size == (640, 480)
 
 
 def test_draft_changes_nothing_for_pictures_that_are_small_or_no_jpegs(
     model: str, photos: Path, tmp_path: Path
 ) -> None:
-    for name, options in (("whole", []), ("draft", ["--draft"])):
-        assert detect(model, photos, "-o", tmp_path / name, "-t", 0, "-q", "--format", "coco", *options) == 0
-    assert detections_in(tmp_path / "draft") == detections_in(tmp_path / "whole")
+    for name in ("draft", "no-draft"):
+        assert detect(model, photos, "-o", tmp_path / name, "-t", 0, "-q", "--format", "coco", f"--{name}") == 0
+    assert detections_in(tmp_path / "draft") == detections_in(tmp_path / "no-draft")
 
 
 def test_tiles_find_more_in_large_pictures_are_on_record_and_change_nothing_for_small_ones(

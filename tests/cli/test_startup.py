@@ -67,7 +67,7 @@ def test_help_versions_and_wrong_usage_import_nothing_to_draw_or_compute_with(ar
         ["detect", "pictures", "--preset", "r51"],
         ["detect", "pictures", "--nms", "70"],
         ["detect", "pictures", "--preprocess", "theirs"],
-        ["detect", "pictures", "--draft"],
+        ["detect", "pictures", "--resume", "--overwrite"],
         ["detect", "pictures", "--format", "xml"],
         ["eval"],
         ["eval", "--predictions", "no-such-file.json"],

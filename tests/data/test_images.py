@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddetr_cli.data.images import open_picture, read_image, read_reduced
+from ddetr_cli.data.images import open_picture, picture_memory_kept, read_image, read_picture, read_reduced
 from ddetr_cli.data.pixels import STD, network_size, to_pixels
 from ddetr_cli.errors import ImageError, UsageError
 
@@ -297,14 +297,39 @@ def test_pillows_warnings_never_turn_a_readable_photo_into_a_failure(tmp_path: P
 
 def test_a_large_jpeg_is_decoded_reduced_to_what_is_still_much_larger_than_the_model_sees(tmp_path: Path) -> None:
     file = tmp_path / "large.jpg"
-    picture = Image.effect_mandelbrot((1603, 1201), (-3, -2.5, 2, 2.5), 100).convert("RGB")
+    picture = Image.effect_mandelbrot((1608, 1208), (-3, -2.5, 2, 2.5), 100).convert("RGB")
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     picture.save(file, exif=exif)
-    for short, expected in ((400, (1201, 1603)), (300, (601, 802)), (150, (301, 401)), (50, (151, 201))):
+    for short, expected in ((400, (1208, 1608)), (300, (604, 804)), (150, (302, 402)), (50, (151, 201))):
         image, whole = read_reduced(file, short)
-        assert (image.size, whole) == (expected, (1201, 1603))
+        assert (image.size, whole) == (expected, (1208, 1608))
         assert min(image.size) >= 1.75 * short
+
+
+def test_a_jpeg_is_reduced_only_so_far_as_its_pixels_go_without_a_rest(tmp_path: Path) -> None:
+    file = tmp_path / "large.jpg"
+    for size, expected in (((1604, 1204), (401, 301)), ((1602, 1204), (801, 602)), ((1603, 1204), (1603, 1204))):
+        Image.new("RGB", size).save(file)
+        assert read_reduced(file, 50)[0].size == expected
+
+
+def test_the_whole_picture_comes_beside_the_reduced_one_where_it_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "large.jpg"
+    Image.effect_mandelbrot((1600, 1200), (-3, -2.5, 2, 2.5), 100).convert("RGB").save(file)
+    both = read_picture(file, short=300, keeps_whole=True)
+    assert both.image.size == (800, 600) and both.whole is not None
+    assert np.array_equal(np.asarray(both.whole), np.asarray(read_image(file)))
+    assert np.array_equal(np.asarray(both.image), np.asarray(read_reduced(file, 300)[0]))
+    assert read_picture(file, short=800, keeps_whole=True).whole is None
+    assert read_picture(file, short=300).whole is None
+
+
+def test_memory_of_pictures_is_kept_for_the_next_ones_only_inside() -> None:
+    before = Image.core.get_blocks_max()
+    with picture_memory_kept():
+        inside = Image.core.get_blocks_max()
+    assert (inside, Image.core.get_blocks_max()) == (6, before)
 
 
 def test_a_picture_that_is_small_or_no_jpeg_is_not_reduced(tmp_path: Path, photo: Image.Image) -> None:

@@ -12,6 +12,7 @@ from torchvision.transforms.functional import to_tensor
 from ddetr_cli.data.pixels import to_pixels
 from ddetr_cli.errors import UsageError
 from ddetr_cli.inference.preparation import Preparation
+from ddetr_cli.inference.tiles import Tiling
 from ddetr_cli.presets import DEFORMABLE_DETR, DETR, FASTER_RCNN
 
 
@@ -26,6 +27,12 @@ def test_the_detr_families_see_the_resized_normalised_picture(family: str):
     prepared = Preparation(family, 64)(picture)
     assert prepared.size_hw == (60, 90)
     assert torch.equal(prepared.pixels, to_pixels(picture, (64, 96)))
+
+
+def test_large_jpegs_may_be_reduced_but_not_for_tiles_nor_for_faster_rcnn() -> None:
+    assert Preparation(DEFORMABLE_DETR, 64).reducible_to == 64
+    assert Preparation(DEFORMABLE_DETR, 64, tiles=Tiling(128)).reducible_to is None
+    assert Preparation(FASTER_RCNN, 64).reducible_to is None
 
 
 def test_the_size_rules_of_the_authors_and_of_transformers_differ_by_a_pixel_or_two():

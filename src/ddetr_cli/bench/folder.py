@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 SAMPLE_PICTURES = 16
 # By then everything that is allocated once has been.
 SETTLED_PICTURES = 50
+# What a run writes: COCO results alone, or pictures with boxes too, which takes decoding and encoding every pixel.
+BOXES, PICTURES = "boxes", "boxes, pictures"
+OUTPUTS = (BOXES, PICTURES)
 
 
 class FolderRun(Protocol):
@@ -43,16 +47,17 @@ class FolderRun(Protocol):
     def pictures(self) -> Sequence[Path]:
         """The files it will read."""
 
-    def __call__(self, predictor: Predictor, on_picture: Callable[[], None]) -> None:
-        """Run, and call back after each picture."""
+    def __call__(self, predictor: Predictor, on_picture: Callable[[], None], *, draws: bool) -> None:
+        """Run, with ``draws`` to pictures with boxes too, and call back after each picture."""
 
 
 @dataclass(frozen=True)
 class FolderResult:
-    """One model in one precision; ``run`` and ``pure`` are seconds per picture."""
+    """One model in one precision, written to ``output``; ``run`` and ``pure`` are seconds per picture."""
 
     name: str
     precision: str
+    output: str
     run: Samples
     pure: Samples
     resident: tuple[int, ...]  # bytes after each picture of the last round
@@ -86,6 +91,7 @@ class FolderSection:
                 {
                     "name": result.name,
                     "precision": result.precision,
+                    "output": result.output,
                     "run": result.run.to_json(),
                     "pure": result.pure.to_json(),
                     "efficiency": result.efficiency.to_json(),
@@ -96,11 +102,12 @@ class FolderSection:
         }
 
     def tables(self) -> list[Table]:
-        """One row per model and precision."""
+        """One row per model, precision and output."""
         rows = tuple(
             (
                 result.name,
                 result.precision,
+                result.output,
                 milliseconds(result.run.median),
                 middle_half(result.run),
                 f"{1 / result.run.median:.2f}",
@@ -114,6 +121,7 @@ class FolderSection:
         headings = (
             "model",
             "precision",
+            "output",
             "ms each",
             "quartiles",
             "images/s",
@@ -122,7 +130,7 @@ class FolderSection:
             f"MiB at {min(SETTLED_PICTURES, self.pictures)}",
             "MiB peak",
         )
-        noise = noise_notes({f"{r.name} {r.precision}": r.run for r in self.results})
+        noise = noise_notes({f"{r.name} {r.precision} {r.output}": r.run for r in self.results})
         note = (
             "pure: the model alone, pictures prepared beforehand, in the same rounds; MiB: memory of the process, "
             f"the most up to picture {min(SETTLED_PICTURES, self.pictures)} and of the whole run"
@@ -132,7 +140,7 @@ class FolderSection:
                 f"folder of {self.pictures} pictures, files to files",
                 headings,
                 rows,
-                labels=2,
+                labels=3,
                 notes=(note, *noise),
             )
         ]
@@ -155,13 +163,12 @@ def measure_folder(
         for precision in options.precisions
     ]
     runs = {name: run for subject in subjects for name, run in subject.runs().items()}
-    listener.expect(len(subjects) * options.rounds * len(run_folder.pictures))
+    listener.expect(len(subjects) * len(OUTPUTS) * options.rounds * len(run_folder.pictures))
     for subject in subjects:
         subject.run_pure()  # the first run loads kernels and fills caches; files stay cold no longer than that either
     times = time_interleaved(runs, options.rounds)
-    return FolderSection(
-        run_folder.folder, len(run_folder.pictures), tuple(subject.result(times) for subject in subjects)
-    )
+    results = tuple(result for subject in subjects for result in subject.results(times))
+    return FolderSection(run_folder.folder, len(run_folder.pictures), results)
 
 
 class _Subject:
@@ -187,16 +194,22 @@ class _Subject:
             on_notice=listener.notice,
         )
         self.prepared = [self.predictor.prepare(picture) for picture in _some(run_folder.pictures)]
-        self.resident: list[int] = []
+        self.resident: dict[str, list[int]] = {}
 
     def runs(self) -> dict[str, Callable[[], None]]:
         """What takes turns."""
-        return {f"{self.label} run": self.run_all, f"{self.label} pure": self.run_pure}
+        whole = {f"{self.label} {output}": partial(self.run_all, output) for output in OUTPUTS}
+        return {**whole, f"{self.label} pure": self.run_pure}
 
-    def run_all(self) -> None:
+    def run_all(self, output: str) -> None:
         """The folder, from files to files."""
-        self.resident = []
-        self.run_folder(self.predictor, self._on_picture)
+        resident = self.resident[output] = []
+
+        def on_picture() -> None:
+            resident.append(resident_bytes())
+            self.listener.ran()
+
+        self.run_folder(self.predictor, on_picture, draws=output == PICTURES)
 
     def run_pure(self) -> None:
         """The model alone, on the sample."""
@@ -204,19 +217,21 @@ class _Subject:
             if isinstance(result, DeviceError):
                 raise result
 
-    def result(self, times: Mapping[str, Samples]) -> FolderResult:
-        """Seconds per picture."""
-        return FolderResult(
-            self.name,
-            self.predictor.precision,
-            times[f"{self.label} run"].scaled(1 / len(self.run_folder.pictures)),
-            times[f"{self.label} pure"].scaled(1 / len(self.prepared)),
-            tuple(self.resident),
-        )
-
-    def _on_picture(self) -> None:
-        self.resident.append(resident_bytes())
-        self.listener.ran()
+    def results(self, times: Mapping[str, Samples]) -> list[FolderResult]:
+        """Seconds per picture, of each output."""
+        pure = times[f"{self.label} pure"].scaled(1 / len(self.prepared))
+        pictures = len(self.run_folder.pictures)
+        return [
+            FolderResult(
+                self.name,
+                self.predictor.precision,
+                output,
+                times[f"{self.label} {output}"].scaled(1 / pictures),
+                pure,
+                tuple(self.resident[output]),
+            )
+            for output in OUTPUTS
+        ]
 
 
 def _some(paths: Sequence[Path]) -> list[Image]:

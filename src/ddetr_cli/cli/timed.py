@@ -73,7 +73,7 @@ class DetectFolder:
     def pictures(self) -> Sequence[Path]:
         return [item.path for item in self._inputs]
 
-    def __call__(self, predictor: Predictor, on_picture: Callable[[], None]) -> None:
+    def __call__(self, predictor: Predictor, on_picture: Callable[[], None], *, draws: bool) -> None:
         from tempfile import TemporaryDirectory
 
         from ddetr_cli.data.formats import MAX_PIXELS
@@ -86,9 +86,10 @@ class DetectFolder:
             detect_images(
                 self._inputs,
                 predictor,
-                make_sinks(output, ("coco", "images"), predictor.classes, {}),
+                make_sinks(output, ("coco", "images") if draws else ("coco",), predictor.classes, {}),
                 selection=Selection(),
                 max_pixels=MAX_PIXELS,
+                draft=True,
                 on_result=lambda _: on_picture(),
             )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from ddetr_cli.data.images import Picture, read_picture
+from ddetr_cli.data.images import Picture, picture_memory_kept, read_picture
 from ddetr_cli.detect.patience import call_within
 from ddetr_cli.detect.video import Frame
 from ddetr_cli.errors import ImageError
@@ -43,6 +43,7 @@ def read_input(
     item: Input,
     *,
     short: int | None = None,
+    keeps_whole: bool = False,
     max_pixels: int,
     allow_truncated: bool = False,
     read_timeout: float = 0,
@@ -62,6 +63,7 @@ def read_input(
             item.path,
             opener=None if item.origin is None else item.origin.open,
             short=short,
+            keeps_whole=keeps_whole,
             max_pixels=max_pixels,
             allow_truncated=allow_truncated,
         )
@@ -101,7 +103,11 @@ class Read:
 
 @dataclass(frozen=True)
 class Reader:
-    """Turns an input into what the model takes; called on any thread, and never raises for a bad input."""
+    """Turns an input into what the model takes; called on any thread, and never raises for a bad input.
+
+    With ``draft`` the model sees large JPEGs as they are decoded at reduced size, the same whether or not the whole
+    picture is decoded, to be drawn on, as well.
+    """
 
     predictor: Predictor
     max_pixels: int
@@ -116,11 +122,11 @@ class Reader:
         read = Read(item, numbered.image_id, failure=item.failure)
         if item.failure is not None:
             return read
-        short = self.predictor.image_size if self.draft and not self.keeps_pictures else None
         try:
             picture = read_input(
                 item,
-                short=short,
+                short=self.predictor.prepare.reducible_to if self.draft else None,
+                keeps_whole=self.keeps_pictures,
                 max_pixels=self.max_pixels,
                 allow_truncated=self.allow_truncated,
                 read_timeout=self.read_timeout,
@@ -128,7 +134,7 @@ class Reader:
             )
             read.size_wh, read.is_truncated = picture.size_wh, picture.is_truncated
             read.prepared = self.predictor.prepare(picture.image, (read.size_wh[1], read.size_wh[0]))
-            read.picture = picture.image if self.keeps_pictures else None
+            read.picture = (picture.whole or picture.image) if self.keeps_pictures else None
         except ImageError as error:
             # The reason alone, without the path in front: files that quote it name the path themselves.
             read.failure = str(error)
@@ -164,14 +170,15 @@ def windows(
             yield [pool.submit(reader, one).result()]
     window: list[Read] = []
     held = 0
-    for read in map_ahead(pool, reader, numbered, ahead, weight=lambda finished: finished.nbytes, limit=WINDOW_BYTES):
-        window.append(read)
-        held += read.nbytes
-        if len(window) >= count or held >= WINDOW_BYTES:
+    with picture_memory_kept():
+        for read in map_ahead(pool, reader, numbered, ahead, weight=lambda one: one.nbytes, limit=WINDOW_BYTES):
+            window.append(read)
+            held += read.nbytes
+            if len(window) >= count or held >= WINDOW_BYTES:
+                yield window
+                window, held = [], 0
+        if window:
             yield window
-            window, held = [], 0
-    if window:
-        yield window
 
 
 def defect(error: Exception) -> str:

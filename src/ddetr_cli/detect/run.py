@@ -101,10 +101,10 @@ def detect_images(
 ) -> RunSummary:
     """Run ``predictor`` over ``inputs`` and give every result to ``sinks``, then to ``on_result``, in input order.
 
-    Of the detections those that ``selection`` keeps are results. With ``draft`` large JPEGs are decoded at reduced
-    size, unless a sink draws. A picture that takes longer to read than ``read_timeout`` seconds fails; 0 waits for
-    ever. ``workers`` threads read and draw beside the model; None chooses. ``positions``: only these of the inputs;
-    ids are those of the whole.
+    Of the detections those that ``selection`` keeps are results. With ``draft`` the model sees large JPEGs decoded at
+    reduced size. A picture that takes longer to read than ``read_timeout`` seconds fails; 0 waits for ever.
+    ``workers`` threads read and draw beside the model; None chooses. ``positions``: only these of the inputs; ids are
+    those of the whole.
 
     What ``journal`` has finished goes to the sinks as it was, without a file and not to ``on_result``; every other
     result is added to it when the sinks have it. When ``should_stop`` says so the run ends after the images in work;

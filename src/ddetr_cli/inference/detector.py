@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from ddetr_cli.data.formats import MAX_PIXELS
-from ddetr_cli.data.images import open_picture
+from ddetr_cli.data.images import open_picture, read_picture
 from ddetr_cli.errors import DeviceError, UsageError
 from ddetr_cli.inference.ahead import helper_threads, map_ahead
 from ddetr_cli.inference.device import resolve_device
@@ -54,6 +54,7 @@ class Detector:
         max_pixels: int = MAX_PIXELS,
         tiles: int | None = None,
         tile_overlap: float = DEFAULT_OVERLAP,
+        draft: bool = True,
     ) -> None:
         if not 0 <= threshold <= 1:
             raise UsageError(f"threshold {threshold}: not a score. Give a number from 0 to 1.")
@@ -68,6 +69,7 @@ class Detector:
         self.nms = nms
         self._classes = loaded.classes
         self._max_pixels = max_pixels
+        self._draft = draft
         self._predictor = Predictor(
             loaded,
             device=resolved,
@@ -129,7 +131,12 @@ class Detector:
         return self._predictor.image_size
 
     def _prepare(self, image: ImageLike) -> Prepared:
-        return self._predictor.prepare(open_picture(image, self._max_pixels))
+        prepare = self._predictor.prepare
+        if isinstance(image, str | os.PathLike):
+            short = prepare.reducible_to if self._draft else None
+            picture = read_picture(image, short=short, max_pixels=self._max_pixels)
+            return prepare(picture.image, (picture.size_wh[1], picture.size_wh[0]))
+        return prepare(open_picture(image, self._max_pixels))
 
     def _results(self, batch: list[Prepared]) -> list[Detections]:
         with self._turn:

@@ -58,6 +58,14 @@ class Preparation:
         if self.family == FASTER_RCNN and self.preprocess != "original":
             raise UsageError("preprocess 'hf': not for Faster R-CNN (transformers has none). Leave it out.")
 
+    @property
+    def reducible_to(self) -> int | None:
+        """The short side for which large JPEGs may be decoded reduced; None where it would be another picture.
+
+        Tiles are cut out of every pixel, and Faster R-CNN's resizing does not smooth.
+        """
+        return None if self.tiles is not None or self.family == FASTER_RCNN else self.image_size
+
     def __call__(self, image: Image, size_hw: tuple[int, int] | None = None) -> Prepared:
         """What the model sees of an upright RGB picture; ``size_hw``: of the whole, where ``image`` is reduced."""
         size_hw = (image.height, image.width) if size_hw is None else size_hw
