@@ -18,12 +18,14 @@ ISAS = {
 FLAGS = ["-std=gnu++17", "-g", "-O1", "-fPIC", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno"]
 
 
-def build_driver(repository: Path, folder: Path, sanitize: list[str], *, portable_only: bool = False) -> Path:
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+def build_driver(
+    repository: Path, folder: Path, flags: list[str], *, portable_only: bool = False, compiler: str | None = None
+) -> Path:
+    compiler = compiler or shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     source, driver = repository / "csrc", folder / "driver"
-    command = [compiler, *FLAGS, *sanitize, f"-I{source / 'include'}"]
+    command = [compiler, *FLAGS, *flags, f"-I{source / 'include'}"]
     objects, jobs = [], []
 
     def compile_(name: str, *arguments: str) -> None:
@@ -33,27 +35,35 @@ def build_driver(repository: Path, folder: Path, sanitize: list[str], *, portabl
         )
 
     is_x86 = platform.machine() in ("x86_64", "AMD64") and not portable_only
-    for isa, flags in ISAS.items():
+    for isa, isa_flags in ISAS.items():
         if isa == "portable" or is_x86:
-            compile_(f"{isa}.o", *flags, f"-DDDETR_KERNELS=ddetr_kernels_{isa}", str(source / "msda_cpu_kernels.cpp"))
+            compile_(
+                f"{isa}.o", *isa_flags, f"-DDDETR_KERNELS=ddetr_kernels_{isa}", str(source / "msda_cpu_kernels.cpp")
+            )
     compile_("abi.o", *(["-DDDETR_HAVE_X86_ISAS"] if is_x86 else []), str(source / "msda_cpu.cpp"))
+    if not is_x86:
+        compile_("dense.o", str(source / "dense_cpu.cpp"))  # says that it has no engine
     compile_("status.o", str(source / "status.cpp"))
     compile_("driver.o", str(repository / "tests/native/driver.cpp"))
     for job in jobs:
         _, errors = job.communicate()
         if "cannot find" in errors or "unrecognized" in errors:
-            pytest.skip(f"this compiler has no {' '.join(sanitize)}: {errors[:200]}")
+            pytest.skip(f"this compiler has no {' '.join(flags)}: {errors[:200]}")
         assert job.returncode == 0, errors
     linked = subprocess.run([*command, *objects, "-pthread", "-o", str(driver)], capture_output=True, text=True)
     if "cannot find" in linked.stderr:
-        pytest.skip(f"this compiler has no {' '.join(sanitize)}: {linked.stderr[:200]}")
+        pytest.skip(f"this compiler has no {' '.join(flags)}: {linked.stderr[:200]}")
     assert linked.returncode == 0, linked.stderr
     return driver
 
 
-def run_driver(driver: Path, *arguments: str, **environment: str) -> None:
+def run_driver(*command: str | Path, **environment: str) -> None:
     result = subprocess.run(
-        [str(driver), *arguments], capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **environment},
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 failures" in result.stdout
@@ -95,3 +105,14 @@ def test_the_sanitizers_would_notice(repository: Path, tmp_path: Path) -> None:
     result = subprocess.run([str(driver), "--no-large"], capture_output=True, text=True, timeout=600)
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_driver_passes_on_aarch64(repository: Path, tmp_path: Path) -> None:
+    """The kernels of an ARM build, compiled across and run on an emulated processor."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("no compiler or emulator for aarch64 (apt-get install g++-aarch64-linux-gnu qemu-user-static)")
+    driver = build_driver(repository, tmp_path, ["-O2", "-static"], portable_only=True, compiler=compiler)
+    run_driver(emulator, driver, "--no-large")
