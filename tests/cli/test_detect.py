@@ -512,18 +512,21 @@ def test_preprocess_hf_takes_the_size_of_transformers_and_is_on_record(model: st
     assert detections_in(tmp_path / "original") != detections_in(tmp_path / "hf")
 
 
-def test_large_jpegs_are_decoded_reduced_whatever_is_written_unless_asked_not_to(model: str, tmp_path: Path) -> None:
+def test_in_16_bits_large_jpegs_are_decoded_reduced_whatever_is_written_unless_asked_not_to(
+    model: str, tmp_path: Path
+) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.jpg")
     common = [tmp_path / "large.jpg", "-t", 0, "-q"]
     for name, options in (
-        ("boxes", ["--format", "coco"]),
-        ("pictures", ["--format", "coco,images"]),
-        ("whole", ["--format", "coco", "--no-draft"]),
+        ("boxes", ["--format", "coco", "--precision", "bf16"]),
+        ("pictures", ["--format", "coco,images", "--precision", "bf16"]),
+        ("whole", ["--format", "coco", "--precision", "bf16", "--no-draft"]),
+        ("fp32", ["--format", "coco", "--precision", "fp32"]),
     ):
         assert detect(model, *common, "-o", tmp_path / name, *options) == 0
         info = json.loads((tmp_path / name / "images.json").read_text())["info"]
-        assert info["draft"] is (name != "whole")
+        assert info["draft"] is (name in ("boxes", "pictures"))
     assert detections_in(tmp_path / "boxes") == detections_in(tmp_path / "pictures")
     assert detections_in(tmp_path / "boxes") != detections_in(tmp_path / "whole")
     with Image.open(tmp_path / "pictures" / "annotated" / "large.jpg") as annotated:

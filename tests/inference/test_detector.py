@@ -42,10 +42,11 @@ def picture(seed: int = 0, size: tuple[int, int] = (64, 48)) -> Image.Image:
 
 def test_a_large_jpeg_is_seen_as_the_command_sees_it_reduced_or_not(model: Path, tmp_path: Path) -> None:
     picture(size=(640, 480)).save(tmp_path / "a.jpg")
-    reduced = Detector(model, device="cpu", threshold=0.0).detect(tmp_path / "a.jpg")
-    whole = Detector(model, device="cpu", threshold=0.0, draft=False).detect(tmp_path / "a.jpg")
+    reduced = Detector(model, device="cpu", precision="fp32", threshold=0.0, draft=True).detect(tmp_path / "a.jpg")
+    whole = Detector(model, device="cpu", precision="fp32", threshold=0.0).detect(tmp_path / "a.jpg")
     assert (reduced.width, reduced.height) == (whole.width, whole.height) == (640, 480)
-    assert whole == Detector(model, device="cpu", threshold=0.0).detect(Image.open(tmp_path / "a.jpg"))
+    array = np.asarray(Image.open(tmp_path / "a.jpg"))
+    assert whole == Detector(model, device="cpu", precision="fp32", threshold=0.0).detect(array)
     assert whole != reduced
 
 

@@ -163,13 +163,14 @@ def detect(
         ),
     ] = 0.25,
     draft: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--draft/--no-draft",
             help="Decode large JPEGs at half, a quarter or an eighth of their size, still well above what the model "
-            "sees. It moves results less than bf16 does.",
+            "sees. It moves results less than 16 bits do.",
+            show_default="on, but with fp32 off",
         ),
-    ] = True,
+    ] = None,
     preset: Preset = None,
     max_pixels: Annotated[
         int, typer.Option("--max-pixels", min=1, help="Refuse pictures of more pixels than this.")
@@ -288,6 +289,7 @@ def detect(
         report = Report(loaded.classes, inputs, quiet=quiet, verbose=verbose)
         if verbose:
             report.say_details(loaded)
+        draft = predictor.tolerates_draft if draft is None else draft
         info = _info(loaded, predictor, selection, draft=draft)
         options = {name: value for name, value in info.items() if name not in ("description", "model")}
         options |= {"device": predictor.device.type, "max_pixels": max_pixels, "allow_truncated": allow_truncated}

@@ -89,7 +89,7 @@ class DetectFolder:
                 make_sinks(output, ("coco", "images") if draws else ("coco",), predictor.classes, {}),
                 selection=Selection(),
                 max_pixels=MAX_PIXELS,
-                draft=True,
+                draft=predictor.tolerates_draft,
                 on_result=lambda _: on_picture(),
             )
 

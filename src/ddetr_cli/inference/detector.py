@@ -54,7 +54,7 @@ class Detector:
         max_pixels: int = MAX_PIXELS,
         tiles: int | None = None,
         tile_overlap: float = DEFAULT_OVERLAP,
-        draft: bool = True,
+        draft: bool | None = None,
     ) -> None:
         if not 0 <= threshold <= 1:
             raise UsageError(f"threshold {threshold}: not a score. Give a number from 0 to 1.")
@@ -69,7 +69,6 @@ class Detector:
         self.nms = nms
         self._classes = loaded.classes
         self._max_pixels = max_pixels
-        self._draft = draft
         self._predictor = Predictor(
             loaded,
             device=resolved,
@@ -80,6 +79,7 @@ class Detector:
             batch_size=batch_size,
             on_notice=_log.warning,
         )
+        self._draft = self._predictor.tolerates_draft if draft is None else draft
         self._turn = threading.Lock()
 
     def detect(self, image: ImageLike) -> Detections:

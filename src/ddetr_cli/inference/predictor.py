@@ -212,6 +212,11 @@ class Predictor:
             out: DetectorOutput | SuppressedOutput = self._model(pixels, None)
         return out
 
+    @property
+    def tolerates_draft(self) -> bool:
+        """Whether the arithmetic moves results more than a JPEG decoded at reduced size does."""
+        return self.precision != "fp32"
+
     @torch.inference_mode()
     def _run_batch(self, images: list[Prepared]) -> list[ImageDetections]:
         out = self.forward(torch.stack([image.pixels for image in images]))
