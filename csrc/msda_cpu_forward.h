@@ -25,12 +25,19 @@ struct VectorSums {
         }
     }
 
-    DDETR_INLINE void write(T* to) {
+    DDETR_INLINE void write(T* to, bool past_caches) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 4
             for (int s = 1; s < kSets; ++s) sums[0][v] += sums[s][v];
-            store_rounded(sums[0][v], to + v * kLanes<R>);
+            T* const at = to + v * kLanes<R>;
+            if constexpr (std::is_same<T, R>::value) {
+                if (past_caches) {
+                    store_past_caches(sums[0][v], at);
+                    continue;
+                }
+            }
+            store_rounded(sums[0][v], at);
         }
     }
 };
@@ -58,7 +65,7 @@ struct PairSums {
         }
     }
 
-    DDETR_INLINE void write(Bfloat16* to) {
+    DDETR_INLINE void write(Bfloat16* to, bool past_caches) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 4
@@ -67,7 +74,12 @@ struct PairSums {
                 odd[0][v] += odd[s][v];
             }
             const WordVec words = bfloat16_bits(even[0][v]) | bfloat16_bits(odd[0][v]) << 16;
-            memcpy(reinterpret_cast<char*>(to) + v * kVectorBytes, &words, sizeof(words));
+            char* const at = reinterpret_cast<char*>(to) + v * kVectorBytes;
+            if (past_caches) {
+                store_past_caches(words, at);
+            } else {
+                memcpy(at, &words, sizeof(words));
+            }
         }
     }
 };
@@ -86,7 +98,7 @@ struct ScalarSums {
         for (int64_t c = 0; c < channels; ++c) sums[c] += factor * to_real(numbers[c]);
     }
 
-    DDETR_INLINE void write(T* to) const {
+    DDETR_INLINE void write(T* to, bool) const {
         for (int64_t c = 0; c < channels; ++c) from_real(sums[c], to + c);
     }
 };
@@ -112,21 +124,22 @@ DDETR_INLINE void add_points(Sums& sums, const char* value, const Neighbours<Off
 // heads.
 template <typename Sums, typename T, typename Offset>
 DDETR_NOINLINE void sum_rows(const char* value, const Neighbours<Offset, Real<T>>* near, int64_t row_blocks,
-                             int64_t samples, const Sums& empty, T* output, int64_t row_stride, int64_t rows) {
+                             int64_t samples, const Sums& empty, T* output, int64_t row_stride, int64_t rows,
+                             bool past_caches) {
     for (int64_t i = 0; i < rows; ++i) {
         Sums sums = empty;
         add_points(sums, value, near + i * row_blocks, samples);
-        sums.write(output + i * row_stride);
+        sums.write(output + i * row_stride, past_caches);
     }
 }
 
 template <typename T, typename Offset>
 void sum_channels(const char* value, const Neighbours<Offset, Real<T>>* near, int64_t row_blocks, int64_t samples,
-                  int64_t channels, T* output, int64_t row_stride, int64_t rows) {
+                  int64_t channels, T* output, int64_t row_stride, int64_t rows, bool past_caches) {
     int64_t channel = 0;
     const auto sum_part = [&](const auto& empty, int64_t count) {
         const char* part = value + channel * static_cast<int64_t>(sizeof(T));
-        sum_rows(part, near, row_blocks, samples, empty, output + channel, row_stride, rows);
+        sum_rows(part, near, row_blocks, samples, empty, output + channel, row_stride, rows, past_caches);
         channel += count;
     };
     while (channels - channel >= 32) sum_part(WideSums<T>{}, 32);
@@ -144,6 +157,42 @@ DDETR_NOINLINE void locate_rows(const Points& points, const PointBlock<Offset, R
     }
 }
 
+// An output as large as this leaves the second-level cache before anyone reads it.
+constexpr int64_t kLargeOutput = 4 << 20;
+
+inline bool is_written_past_caches(const CpuProblem& problem) {
+    const int64_t line = 64, rows = problem.dims.batch * problem.dims.queries * problem.dims.heads;
+    return problem.row_bytes() % line == 0 && reinterpret_cast<uintptr_t>(problem.output) % line == 0 &&
+           rows * problem.row_bytes() >= kLargeOutput;
+}
+
+// Lines of the first level whose queries are taken together with those of all levels at the same place.
+constexpr int64_t kBandLines = 8;
+
+// visit(first, last) over the queries that come at places [begin, end). Where queries are the positions of the
+// levels, as in an encoder, they come in bands of lines: those of all levels that sample the same part of value,
+// which then passes through the cache once and not once for every level.
+template <typename Visit>
+DDETR_INLINE void for_neighbouring_queries(const CpuProblem& problem, int64_t begin, int64_t end,
+                                           const Visit& visit) {
+    const ddetr_msda_dims& n = problem.dims;
+    if (n.queries != n.positions || n.levels < 2) return visit(begin, end);
+    const int64_t bands = (problem.level_hw[0] + kBandLines - 1) / kBandLines;
+    int64_t place = 0;
+    for (int64_t band = 0; band < bands && place < end; ++band) {
+        int64_t start = 0;
+        for (int64_t level = 0; level < n.levels; ++level) {
+            const int64_t height = problem.level_hw[2 * level], width = problem.level_hw[2 * level + 1];
+            const int64_t first = start + height * band / bands * width;
+            const int64_t count = start + height * (band + 1) / bands * width - first;
+            const int64_t from = place < begin ? begin - place : 0, to = least(count, end - place);
+            if (from < to) visit(first + from, first + to);
+            place += count;
+            start += height * width;
+        }
+    }
+}
+
 template <typename T, typename Offset, typename Points>
 struct Forward {
     using R = Real<T>;
@@ -151,6 +200,8 @@ struct Forward {
     const CpuProblem& problem;
     const ddetr_msda_dims& n = problem.dims;
     const int64_t samples = n.levels * n.points, row_stride = n.heads * n.channels;
+    // Half sums are stored in pieces that fill no line.
+    const bool past_caches = !std::is_same<T, Half>::value && is_written_past_caches(problem);
     PointBlock<Offset, R> blocks[kBlocks];
     Neighbours<Offset, R> near[kBlocks];
 
@@ -164,15 +215,18 @@ struct Forward {
     void run(int64_t begin, int64_t end) {
         const int64_t row_blocks = samples > 0 ? (samples + kBlock - 1) / kBlock : 1;
         const int64_t rows_at_once = row_blocks < kBlocks ? least(kBlocks / row_blocks, kRowsAtOnce) : 1;
-        const int64_t rows_of_a_head = problem.packed != nullptr ? rows_at_once : end - begin;
-        for (int64_t first = begin; first < end; first += rows_of_a_head) {
-            const int64_t last = least(first + rows_of_a_head, end);
-            for (int64_t m = problem.first_head; m < problem.first_head + problem.heads; ++m) {
+        const int64_t heads_at_once = problem.packed != nullptr ? problem.heads : 1;
+        const int64_t heads_end = problem.first_head + problem.heads;
+        for (int64_t head = problem.first_head; head < heads_end; head += heads_at_once) {
+            for_neighbouring_queries(problem, begin, end, [&](int64_t first, int64_t last) {
                 for (int64_t q = first; q < last; q += rows_at_once) {
-                    sum_queries(m, q, least(rows_at_once, last - q), row_blocks);
+                    for (int64_t m = head; m < head + heads_at_once; ++m) {
+                        sum_queries(m, q, least(rows_at_once, last - q), row_blocks);
+                    }
                 }
-            }
+            });
         }
+        if (past_caches) end_stores_past_caches();
     }
 
     void sum_queries(int64_t m, int64_t q, int64_t rows, int64_t row_blocks) {
@@ -186,10 +240,10 @@ struct Forward {
             return;
         }
         locate_rows(points, blocks, q, rows, row_blocks, samples, zeros, near);
-        for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t i = 0; i < rows && !past_caches; ++i) {
             prefetch_write(output + (i + kRowsAtOnce) * row_stride, problem.row_bytes());
         }
-        sum_channels<T>(value, near, row_blocks, samples, n.channels, output, row_stride, rows);
+        sum_channels<T>(value, near, row_blocks, samples, n.channels, output, row_stride, rows, past_caches);
     }
 
     // A row of more points than are located at once.
@@ -202,7 +256,7 @@ struct Forward {
                 points.locate(blocks, q, first, piece, zeros, near, static_cast<Slopes<R>*>(nullptr));
                 add_points(sums, value + channel * static_cast<int64_t>(sizeof(T)), near, piece);
             }
-            sums.write(output + channel);
+            sums.write(output + channel, false);
         }
     }
 };

@@ -196,6 +196,27 @@ DDETR_INLINE void store_rounded(FloatVec v, Half* to) {
 #endif
 }
 
+// Aligned memory that is written whole and not read soon: without a copy in the
+// caches, which would have to be read before. Where there is no such store, a
+// plain one.
+template <typename V>
+DDETR_INLINE void store_past_caches(V v, void* to) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), bits_as<__m512i>(v));
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), bits_as<__m256i>(v));
+#endif
+    memcpy(to, &v, sizeof(v));
+}
+
+// To be called after them, before others read.
+DDETR_INLINE void end_stores_past_caches() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 template <typename R>
 DDETR_INLINE Vec<R> splat(R x) {
     return x - Vec<R>{};
