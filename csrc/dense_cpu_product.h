@@ -1,0 +1,106 @@
+// Products over windows of a map.
+#ifndef DDETR_DENSE_CPU_PRODUCT_H
+#define DDETR_DENSE_CPU_PRODUCT_H
+
+#include "dense_cpu_rows.h"
+
+namespace {
+
+// How a product's rows are cut. Where lines follow each other evenly they are taken as one, and the pixels between
+// them, which belong to no output, are computed and dropped.
+struct Cut {
+    int64_t lines, width, tiles_per_line, chunks, groups, panels_per_group;
+    bool is_folded;
+    int64_t fold;
+
+    explicit Cut(const ddetr_product& p) {
+        fold = p.input_pixel > 0 && p.input_line % p.input_pixel == 0 ? p.input_line / p.input_pixel : 0;
+        is_folded = p.lines > 1 && fold >= p.width && fold * 8 <= p.width * 9;
+        lines = is_folded ? 1 : p.lines;
+        width = is_folded ? (p.lines - 1) * fold + p.width : p.width;
+        tiles_per_line = ceil_divide(width, kTileRows);
+        chunks = ceil_divide(lines * tiles_per_line, kChunkTiles);
+        const int64_t panels = ceil_divide(p.columns, kPanel), wanted = 16;
+        groups = chunks >= wanted ? 1 : smaller(panels, ceil_divide(wanted, chunks));
+        panels_per_group = ceil_divide(panels, groups);
+        groups = ceil_divide(panels, panels_per_group);
+    }
+};
+
+int64_t product_items(const ddetr_product& p) {
+    const Cut cut(p);
+    return cut.chunks * cut.groups;
+}
+
+template <typename Out>
+DDETR_INLINE void finish_tile(const ddetr_product& p, const Cut& cut, int64_t line, int64_t first, int64_t count,
+                              int64_t column, const float* sums) {
+    int64_t y = line, x = first;
+    if (cut.is_folded) {
+        y = first / cut.fold;
+        x = first % cut.fold;
+    }
+    const int64_t columns = smaller(kPanel, p.columns - column);
+    Out* output = static_cast<Out*>(p.output) + column / p.group * p.output_group + column % p.group;
+    const T* added = static_cast<const T*>(p.added);
+    for (int64_t r = 0; r < count; ++r, ++x) {
+        if (cut.is_folded && x == cut.fold) {
+            x = 0;
+            ++y;
+        }
+        if (x >= p.width) continue;
+        finish_row(sums + r * kPanel, p.bias + column,
+                   added == nullptr ? kNothing : added + y * p.added_line + x * p.added_pixel + column, p.relu != 0,
+                   output + y * p.output_line + x * p.output_pixel, columns);
+    }
+}
+
+// An engine that splits its rows does so once for all panels where `slot` has room for them; it is null where not.
+template <typename E = Engine>
+void run_product(const ddetr_product& p, int64_t item, void* slot) {
+    alignas(64) float sums[kTileRows * kPanel];
+    const Cut cut(p);
+    const int64_t tile_begin = item / cut.groups * kChunkTiles;
+    const int64_t tile_end = smaller(tile_begin + kChunkTiles, cut.lines * cut.tiles_per_line);
+    const int64_t column_begin = item % cut.groups * cut.panels_per_group * kPanel;
+    const int64_t column_end = smaller(column_begin + cut.panels_per_group * kPanel, p.columns);
+    const int64_t depth = p.taps_y * p.taps_x * p.depth;
+    const T* input = static_cast<const T*>(p.input);
+    char* split_rows = p.taps_y * p.taps_x == 1 ? static_cast<char*>(slot) : nullptr;
+    const int64_t split_bytes = kTileRows * depth * E::kSplitBytes;  // of a tile
+    const auto visit_tiles = [&](const auto& visit) {
+        for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+            const int64_t line = tile / cut.tiles_per_line, first = tile % cut.tiles_per_line * kTileRows;
+            visit(line, first, smaller(kTileRows, cut.width - first),
+                  input + line * p.input_line + first * p.input_pixel, (tile - tile_begin) * split_bytes);
+        }
+    };
+    if constexpr (E::kSplitBytes > 0) {
+        if (split_rows != nullptr) {
+            visit_tiles([&](int64_t, int64_t, int64_t count, const T* at, int64_t split) {
+                E::split(at, p.input_pixel, count, depth, split_rows + split);
+            });
+        }
+    }
+    for (int64_t column = column_begin; column < column_end; column += kPanel) {
+        const Weight* panel = static_cast<const Weight*>(p.packed) + column * depth;
+        visit_tiles([&](int64_t line, int64_t first, int64_t count, const T* at, int64_t split) {
+            if constexpr (E::kSplitBytes > 0) {
+                if (split_rows != nullptr) E::tile_of_split(split_rows + split, depth, panel, count, sums);
+            }
+            if (E::kSplitBytes == 0 || split_rows == nullptr) {
+                E::tile({at, p.input_pixel, p.taps_y, p.taps_x, p.tap_line, p.tap_pixel, p.depth}, panel, count,
+                        sums);
+            }
+            if (p.output_is_float) {
+                finish_tile<float>(p, cut, line, first, count, column, sums);
+            } else {
+                finish_tile<T>(p, cut, line, first, count, column, sums);
+            }
+        });
+    }
+}
+
+}  // namespace
+
+#endif

@@ -1,0 +1,94 @@
+// Rows of a matrix product: what becomes of a tile's sums, and rows that lie close together times all panels.
+#ifndef DDETR_DENSE_CPU_ROWS_H
+#define DDETR_DENSE_CPU_ROWS_H
+
+#include "dense_cpu_kernels.h"
+#include "dense_cpu_tiles.h"
+
+namespace {
+
+using T = Engine::Element;
+using Weight = Engine::Weight;
+constexpr int64_t kPanel = Engine::kPanel, kTileRows = Engine::kTileRows;
+constexpr int64_t kChunkTiles = 128 / kTileRows, kBlockRows = kChunkTiles * kTileRows;
+
+DDETR_INLINE int64_t ceil_divide(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+DDETR_INLINE int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+DDETR_INLINE void store_element(FloatVec v, float* to) {
+    store<float>(v, to);
+}
+DDETR_INLINE void store_element(FloatVec v, Bfloat16* to) {
+#if defined(__AVX512BF16__)
+    const __m256bh rounded = _mm512_cvtneps_pbh(bits_as<__m512>(v));
+    memcpy(to, &rounded, sizeof(rounded));
+#else
+    for (int i = 0; i < kLanes<float>; ++i) from_real(v[i], to + i);
+#endif
+}
+
+DDETR_INLINE FloatVec at_least_zero(FloatVec v) {
+    return v < FloatVec{} ? FloatVec{} : v;  // NaN stays
+}
+
+// ---- what becomes of a tile's sums ----
+
+constexpr const T* kNothing = nullptr;  // to add
+
+// One row of a tile, `columns` of them: act(sums + bias + added).
+template <typename Added = T, typename Out>
+DDETR_INLINE void finish_row(const float* sums, const float* bias, const Added* added, bool relu, Out* to,
+                             int64_t columns) {
+    if (columns == kPanel) {
+        for (int64_t c = 0; c < kPanel; c += kLanes<float>) {
+            FloatVec v = load(sums + c) + load(bias + c);
+            if (added != nullptr) v += load(added + c);
+            if (relu) v = at_least_zero(v);
+            store_element(v, to + c);
+        }
+        return;
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+        float v = sums[c] + bias[c];
+        if (added != nullptr) v += to_real(added[c]);
+        if (relu && v < 0) v = 0;
+        from_real(v, to + c);
+    }
+}
+
+// Multiplies `count` rows from `input` on with all panels; finish(panel, row, its sums) for each. An engine that
+// splits its rows does so once, into `split`.
+template <typename E = Engine, typename Finish>
+DDETR_INLINE void multiply_rows(const T* input, int64_t row_step, int64_t count, const Weight* packed, int64_t depth,
+                                int64_t columns, void* split, Finish finish) {
+    alignas(64) float sums[kTileRows * kPanel];
+    char* split_rows = static_cast<char*>(split);
+    const int64_t split_bytes = depth * E::kSplitBytes;  // of a row
+    if constexpr (E::kSplitBytes > 0) {
+        for (int64_t row = 0; row < count; row += kTileRows) {
+            E::split(input + row * row_step, row_step, smaller(kTileRows, count - row), depth,
+                     split_rows + row * split_bytes);
+        }
+    }
+    for (int64_t column = 0; column < columns; column += kPanel) {
+        const Weight* panel = packed + column * depth;
+        for (int64_t row = 0; row < count; row += kTileRows) {
+            const int64_t rows = smaller(kTileRows, count - row);
+            if constexpr (E::kSplitBytes > 0) {
+                E::tile_of_split(split_rows + row * split_bytes, depth, panel, rows, sums);
+            } else {
+                E::tile({input + row * row_step, row_step, 1, 1, 0, 0, depth}, panel, rows, sums);
+            }
+            for (int64_t r = 0; r < rows; ++r) finish(column, row + r, sums + r * kPanel);
+        }
+    }
+}
+
+}  // namespace
+
+#endif
