@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddetr_cli.data.images import open_picture, picture_memory_kept, read_image, read_picture, read_reduced
+from ddetr_cli.data.images import open_picture, picture_memory_kept, read_image, read_picture
 from ddetr_cli.data.pixels import STD, network_size, to_pixels
 from ddetr_cli.errors import ImageError, UsageError
 
@@ -302,7 +302,7 @@ def test_a_large_jpeg_is_decoded_reduced_to_what_is_still_much_larger_than_the_m
     exif[ORIENTATION] = 6
     picture.save(file, exif=exif)
     for short, expected in ((400, (1208, 1608)), (300, (604, 804)), (150, (302, 402)), (50, (151, 201))):
-        image, whole = read_reduced(file, short)
+        image, whole, *_ = read_picture(file, short=short)
         assert (image.size, whole) == (expected, (1208, 1608))
         assert min(image.size) >= 1.75 * short
 
@@ -311,7 +311,7 @@ def test_a_jpeg_is_reduced_only_so_far_as_its_pixels_go_without_a_rest(tmp_path:
     file = tmp_path / "large.jpg"
     for size, expected in (((1604, 1204), (401, 301)), ((1602, 1204), (801, 602)), ((1603, 1204), (1603, 1204))):
         Image.new("RGB", size).save(file)
-        assert read_reduced(file, 50)[0].size == expected
+        assert read_picture(file, short=50)[0].size == expected
 
 
 def test_the_whole_picture_comes_beside_the_reduced_one_where_it_is_asked_for(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_the_whole_picture_comes_beside_the_reduced_one_where_it_is_asked_for(tm
     both = read_picture(file, short=300, keeps_whole=True)
     assert both.image.size == (800, 600) and both.whole is not None
     assert np.array_equal(np.asarray(both.whole), np.asarray(read_image(file)))
-    assert np.array_equal(np.asarray(both.image), np.asarray(read_reduced(file, 300)[0]))
+    assert np.array_equal(np.asarray(both.image), np.asarray(read_picture(file, short=300)[0]))
     assert read_picture(file, short=800, keeps_whole=True).whole is None
     assert read_picture(file, short=300).whole is None
 
@@ -335,7 +335,7 @@ def test_memory_of_pictures_is_kept_for_the_next_ones_only_inside() -> None:
 def test_a_picture_that_is_small_or_no_jpeg_is_not_reduced(tmp_path: Path, photo: Image.Image) -> None:
     for name in ("photo.jpg", "photo.png"):
         photo.save(tmp_path / name)
-        image, whole = read_reduced(tmp_path / name, 24 if name == "photo.png" else 40)
+        image, whole, *_ = read_picture(tmp_path / name, short=24 if name == "photo.png" else 40)
         assert image.size == whole == photo.size
         assert np.array_equal(np.asarray(image), np.asarray(read_image(tmp_path / name)))
 
@@ -345,7 +345,7 @@ def test_a_reduced_photo_looks_to_the_model_like_the_whole_one(data_dir: Path, t
     file = tmp_path / "large.jpg"
     source.save(file, quality=92)
     size_hw = network_size(*source.size, 480)
-    reduced = to_pixels(read_reduced(file, 480)[0], size_hw)
+    reduced = to_pixels(read_picture(file, short=480)[0], size_hw)
     difference = (reduced - to_pixels(read_image(file), size_hw)).abs() * 255 * torch.tensor(STD).view(3, 1, 1)
     # Half a level on average; up to some levels at edges, where the two ways of averaging see different pixels.
     assert 0 < difference.mean() < 1
@@ -356,10 +356,10 @@ def test_a_reduced_reading_refuses_what_the_whole_one_refuses(tmp_path: Path, ph
     file = tmp_path / "cut.jpg"
     file.write_bytes(encoded(photo.resize((1280, 960)), "JPEG")[:-2000])
     with pytest.raises(ImageError, match="truncated image"):
-        read_reduced(file, 64)
+        read_picture(file, short=64)
     photo.save(file)
     with pytest.raises(ImageError, match="exceeds the limit"):
-        read_reduced(file, 8, max_pixels=64 * 48 - 1)
+        read_picture(file, short=8, max_pixels=64 * 48 - 1)
 
 
 def test_a_program_may_call_a_file_a_picture_or_an_array_a_picture(tmp_path: Path, photo: Image.Image) -> None:

@@ -81,19 +81,6 @@ def read_image(path: str | os.PathLike[str], *, upright: bool = True, max_pixels
     return read_picture(path, upright=upright, max_pixels=max_pixels).image
 
 
-def read_reduced(
-    path: str | os.PathLike[str], short: int, *, max_pixels: int = MAX_PIXELS
-) -> tuple[Image.Image, tuple[int, int]]:
-    """As ``read_image``, and the upright picture's (width, height); a large JPEG comes at 1/2, 1/4 or 1/8 of it.
-
-    The decoder reduces while decoding, which takes a fraction of the time. ``short`` is the short side of the network
-    size: what comes has 1.75 times that or more. Resized to it, it differs from the whole picture resized by less
-    than one level of 255 on average. A size that is no multiple of the reduction is not reduced so far: a part of a
-    pixel at its end would move every box. Errors are those of ``read_image``.
-    """
-    return read_picture(path, short=short, max_pixels=max_pixels)[:2]
-
-
 def read_picture(
     path: str | os.PathLike[str],
     *,
@@ -104,7 +91,12 @@ def read_picture(
     max_pixels: int = MAX_PIXELS,
     allow_truncated: bool = False,
 ) -> Picture:
-    """As ``read_image``, or with ``short`` as ``read_reduced``; with ``keeps_whole`` all pixels come as well.
+    """As ``read_image``, with ``short`` perhaps reduced; with ``keeps_whole`` all pixels come as well then.
+
+    ``short`` is the short side of the network size. What comes of a JPEG has 1.75 times that or more: the decoder
+    reduces while decoding, which takes a fraction of the time. Resized to it, it differs from the whole picture
+    resized by less than one level of 255 on average. A size that is no multiple of the reduction is not reduced so
+    far: a part of a pixel at its end would move every box.
 
     ``opener`` gives the file where ``path`` is only its name. With ``allow_truncated`` a file that breaks off is read
     as far as it goes, and the rest is whatever its decoder makes of it.
