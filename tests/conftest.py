@@ -101,7 +101,7 @@ def loaded() -> LoadedModel:
     import torch
 
     from ddetr_cli.classes import ClassTable
-    from ddetr_cli.model.detector import build_detector
+    from ddetr_cli.model.build import build_detector
     from ddetr_cli.presets import get_preset
     from ddetr_cli.weights import LoadedModel, LoadReport
 

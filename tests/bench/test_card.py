@@ -22,7 +22,7 @@ from ddetr_cli.bench.timing import Samples
 from ddetr_cli.bench.training import TrainingSection
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.cli.timed import TrainSteps
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import get_preset
 from ddetr_cli.weights import save_checkpoint
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ddetr_cli.bench.clock import REST, PartClock, model_parts
 from ddetr_cli.inference.fast import accelerate
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import get_preset
 
 

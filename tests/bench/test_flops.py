@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddetr_cli.bench.flops import ModelSize, count_flops, mean_flops, measure_size
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import get_preset
 
 # Parameters, trainable and all, of the authors' models (without the frozen batch-norm's buffers). Faster R-CNN:

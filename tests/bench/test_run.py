@@ -18,7 +18,7 @@ from ddetr_cli.classes import ClassTable
 from ddetr_cli.errors import CheckpointError, DeviceError
 from ddetr_cli.inference.predictor import Predictor
 from ddetr_cli.model.attention import DeformableAttention
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import get_preset
 from ddetr_cli.weights import save_checkpoint
 

@@ -13,7 +13,7 @@ from ddetr_cli.bench.published import PUBLISHED
 from ddetr_cli.bench.run import run_bench
 from ddetr_cli.bench.sizes import SizesSection, first_picture_sizes
 from ddetr_cli.errors import DatasetError, UsageError
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import FASTER_RCNN, PRESETS
 
 

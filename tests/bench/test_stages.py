@@ -17,7 +17,7 @@ from ddetr_cli.bench.subjects import open_model
 from ddetr_cli.bench.tables import Silence
 from ddetr_cli.bench.timing import Samples
 from ddetr_cli.classes import ClassTable
-from ddetr_cli.inference.predictor import ImageDetections
+from ddetr_cli.inference.detections import ImageDetections
 from ddetr_cli.presets import get_preset
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ddetr_cli.classes import ClassTable
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import get_preset
 from ddetr_cli.weights import save_checkpoint
 

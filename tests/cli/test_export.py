@@ -8,7 +8,7 @@ import torch
 
 from ddetr_cli.classes import COCO_TABLE
 from ddetr_cli.cli.app import main
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import get_preset
 from ddetr_cli.weights import load_model, save_checkpoint
 

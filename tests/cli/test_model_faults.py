@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddetr_cli.cli.app import main
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import ModelConfig
 from ddetr_cli.weights.layouts import to_authors
 

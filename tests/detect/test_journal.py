@@ -11,7 +11,7 @@ from ddetr_cli.classes import ClassTable
 from ddetr_cli.detect.archives import Member
 from ddetr_cli.detect.journal import Finished, Journal, RunHeader, result_from, result_line
 from ddetr_cli.detect.remote import Remote
-from ddetr_cli.detect.run import ImageResult
+from ddetr_cli.detect.results import ImageResult
 from ddetr_cli.detect.sources import Input
 from ddetr_cli.detect.video import Frame, Video
 from ddetr_cli.errors import OutputError, UsageError

@@ -13,12 +13,14 @@ from PIL import Image
 
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.data.images import Picture, read_picture
-from ddetr_cli.detect.run import ImageResult, RunSummary, class_counts, detect_images
+from ddetr_cli.detect.results import ImageResult, RunSummary, class_counts
+from ddetr_cli.detect.run import detect_images
 from ddetr_cli.detect.selection import Selection
 from ddetr_cli.detect.sources import Input, find_inputs
 from ddetr_cli.errors import DeviceError, OutputError
 from ddetr_cli.inference.ahead import helper_threads
-from ddetr_cli.inference.predictor import ImageDetections, Predictor
+from ddetr_cli.inference.detections import ImageDetections
+from ddetr_cli.inference.predictor import Predictor
 from ddetr_cli.inference.preparation import Preparation
 
 if TYPE_CHECKING:

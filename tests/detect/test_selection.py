@@ -6,7 +6,7 @@ import torch
 from ddetr_cli.classes import COCO_TABLE, ClassTable
 from ddetr_cli.detect.selection import Selection, make_selection, parse_thresholds
 from ddetr_cli.errors import UsageError
-from ddetr_cli.inference.predictor import ImageDetections
+from ddetr_cli.inference.detections import ImageDetections
 
 BOX, OTHER = (0.0, 0.0, 9.0, 9.0), (1.0, 0.0, 9.0, 9.0)
 

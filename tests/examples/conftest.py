@@ -33,7 +33,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained detector of two classes: at threshold 0 it finds a known number of things in any picture."""
     from ddetr_cli.classes import ClassTable
-    from ddetr_cli.model.detector import build_detector
+    from ddetr_cli.model.build import build_detector
     from ddetr_cli.presets import get_preset
     from ddetr_cli.weights import save_checkpoint
 

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from ddetr_cli.errors import CheckpointError, DeviceError, ImageError, UsageError
+from ddetr_cli.inference.detections import ImageDetections
 from ddetr_cli.inference.detector import Detector
-from ddetr_cli.inference.predictor import ImageDetections, Predictor
+from ddetr_cli.inference.predictor import Predictor
 from ddetr_cli.inference.suppression import rows_without_overlaps
 from ddetr_cli.weights import save_checkpoint
 

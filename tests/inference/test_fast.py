@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ddetr_cli.inference.fast import FastDetector, accelerate
-from ddetr_cli.model.detector import DeformableDetr, build_detector
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import DeformableDetr
 from ddetr_cli.ops import native
 from ddetr_cli.presets import DEFORMABLE_DETR, PRESETS, ModelConfig, get_preset
 

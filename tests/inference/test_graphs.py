@@ -15,7 +15,8 @@ from ddetr_cli.inference import graphs
 from ddetr_cli.inference.derived import DerivedDetector, can_derive
 from ddetr_cli.inference.graphs import GraphDetector, Run, accelerate_on_gpu
 from ddetr_cli.inference.predictor import Predictor
-from ddetr_cli.model.detector import DeformableDetr, DetectorOutput, build_detector
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import DeformableDetr, DetectorOutput
 from ddetr_cli.model.postprocess import decode
 from ddetr_cli.presets import DEFORMABLE_DETR, get_preset
 from ddetr_cli.weights import load_model

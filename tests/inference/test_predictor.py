@@ -9,8 +9,10 @@ from PIL import Image
 
 from ddetr_cli.data.pixels import network_size, to_pixels
 from ddetr_cli.errors import DeviceError, UsageError
-from ddetr_cli.inference.predictor import ImageDetections, Predictor
-from ddetr_cli.model.detector import DetectorOutput, build_detector
+from ddetr_cli.inference.detections import ImageDetections
+from ddetr_cli.inference.predictor import Predictor
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import DetectorOutput
 from ddetr_cli.presets import get_preset
 from ddetr_cli.weights import LoadedModel
 

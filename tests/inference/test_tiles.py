@@ -11,7 +11,8 @@ from PIL import Image
 
 from ddetr_cli.errors import DeviceError, UsageError
 from ddetr_cli.inference.ahead import helper_threads
-from ddetr_cli.inference.predictor import ImageDetections, Predictor
+from ddetr_cli.inference.detections import ImageDetections
+from ddetr_cli.inference.predictor import Predictor
 from ddetr_cli.inference.preparation import Preparation, Prepared
 from ddetr_cli.inference.tiles import Tiling, View
 

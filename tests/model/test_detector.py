@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ddetr_cli.model.attention import DeformableAttention
-from ddetr_cli.model.detector import DeformableDetr, DetectionModel, build_detector
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import DeformableDetr, DetectionModel
 from ddetr_cli.presets import PRESETS, ModelConfig
 
 # Trainable and all parameters, from the published figures and the authors' code.

@@ -14,7 +14,8 @@ from PIL import Image
 
 from ddetr_cli.classes import COCO_TABLE
 from ddetr_cli.inference.predictor import Predictor
-from ddetr_cli.model.detector import DetectionModel, build_detector
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import DetectionModel
 from ddetr_cli.presets import PRESETS, get_preset
 from ddetr_cli.weights import LoadedModel, LoadReport
 
@@ -106,7 +107,7 @@ def test_torchvision_is_imported_for_faster_rcnn_only():
     program = (
         "import sys, torch\n"
         "from ddetr_cli.inference.predictor import Predictor\n"
-        "from ddetr_cli.model.detector import build_detector\n"
+        "from ddetr_cli.model.build import build_detector\n"
         "from ddetr_cli.presets import FASTER_RCNN, PRESETS\n"
         "with torch.device('meta'):\n"
         "    for config in PRESETS.values():\n"

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ddetr_cli.model import transformer
-from ddetr_cli.model.detector import BoxHead, build_detector
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import BoxHead
 from ddetr_cli.model.transformer import (
     DeformableTransformer,
     TransformerOutput,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddetr_cli.model.backbone import BACKBONES, FrozenBatchNorm2d
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import PRESETS
 from ddetr_cli.train.criterion import Criterion
 from ddetr_cli.train.dataset import Batch

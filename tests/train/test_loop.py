@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ddetr_cli.model.backbone import BACKBONES, FrozenBatchNorm2d
-from ddetr_cli.model.detector import DetectionModel, DetectorOutput, build_detector
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import DetectionModel, DetectorOutput
 from ddetr_cli.presets import DEFORMABLE_DETR, get_preset
 from ddetr_cli.train.criterion import Criterion
 from ddetr_cli.train.dataset import Batch

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ddetr_cli.model.backbone import BACKBONES, FrozenBatchNorm2d, ResNet
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import DETR, get_preset
 from ddetr_cli.train.memory import available_bytes, checkpoint_activations
 

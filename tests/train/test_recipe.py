@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import get_preset
 from ddetr_cli.train.recipe import (
     FROZEN,

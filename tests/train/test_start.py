@@ -10,7 +10,7 @@ import torch
 
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.errors import CheckpointError, UsageError
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import get_preset
 from ddetr_cli.train import start
 from ddetr_cli.train.options import TrainOptions

@@ -21,7 +21,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ddetr_cli.model.backbone import BACKBONES, BackboneSpec, Bottleneck, FrozenBatchNorm2d
-from ddetr_cli.model.detector import DetectionModel, build_detector
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import DetectionModel
 from ddetr_cli.presets import get_preset
 from ddetr_cli.train.criterion import Criterion
 from ddetr_cli.train.dataset import Batch

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddetr_cli.errors import DivergedError
 from ddetr_cli.model.backbone import BACKBONES
-from ddetr_cli.model.detector import DetectionModel, build_detector
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import DetectionModel
 from ddetr_cli.presets import get_preset
 from ddetr_cli.train.criterion import Criterion
 from ddetr_cli.train.dataset import Batch

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddetr_cli.classes import COCO_NAMES
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import ModelConfig
 from ddetr_cli.weights.layouts import to_authors
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddetr_cli.errors import CheckpointError, UsageError
 from ddetr_cli.model.backbone import BACKBONES, ResNet
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import PRESETS
 from ddetr_cli.weights import load_backbone
 

@@ -14,7 +14,8 @@ import torch
 
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.errors import CheckpointError, OutputError
-from ddetr_cli.model.detector import DeformableDetr, build_detector
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import DeformableDetr
 from ddetr_cli.presets import ModelConfig
 from ddetr_cli.weights import load_model, save_checkpoint
 from ddetr_cli.weights.reader import read_file

@@ -12,7 +12,7 @@ import torch
 
 from ddetr_cli.classes import COCO_TABLE, ClassTable
 from ddetr_cli.errors import OutputError, UsageError
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import DETR, FASTER_RCNN, PRESETS, ModelConfig
 from ddetr_cli.weights import LoadedModel, LoadReport, load_model
 from ddetr_cli.weights.export import export_model

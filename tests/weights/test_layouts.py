@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddetr_cli.errors import CheckpointError
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import DEFORMABLE_DETR, DETR, FASTER_RCNN, PRESETS
 from ddetr_cli.weights.layouts import (
     AUTHORS,

@@ -10,7 +10,7 @@ import torch
 
 from ddetr_cli.classes import COCO_TABLE, ClassTable
 from ddetr_cli.errors import CheckpointError, UsageError
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import PRESETS, ModelConfig
 from ddetr_cli.weights import load_model, save_checkpoint
 from ddetr_cli.weights.checkpoint import FORMAT, METADATA_KEY, digest

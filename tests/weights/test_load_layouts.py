@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddetr_cli.classes import COCO_NAMES, COCO_TABLE
 from ddetr_cli.errors import CheckpointError
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import DETR, PRESETS, ModelConfig
 from ddetr_cli.weights import LoadedModel, load, load_model
 from ddetr_cli.weights.layouts import to_authors, to_hugging_face

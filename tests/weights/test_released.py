@@ -139,7 +139,7 @@ class TestTheTestItself:
         from PIL import Image
 
         from ddetr_cli.classes import COCO_TABLE
-        from ddetr_cli.model.detector import build_detector
+        from ddetr_cli.model.build import build_detector
         from ddetr_cli.presets import get_preset
         from ddetr_cli.weights import save_checkpoint
 

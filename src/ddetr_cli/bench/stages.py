@@ -29,7 +29,7 @@ from ddetr_cli.bench.timing import Samples, noise_notes, time_interleaved, warm_
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.data.images import read_image
 from ddetr_cli.data.pixels import to_pixels
-from ddetr_cli.inference.predictor import ImageDetections
+from ddetr_cli.inference.detections import ImageDetections
 from ddetr_cli.inference.preparation import Prepared
 from ddetr_cli.model.postprocess import decode
 

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from ddetr_cli.bench.tables import Listener
 from ddetr_cli.classes import COCO_TABLE, ClassTable
 from ddetr_cli.errors import DeviceError
-from ddetr_cli.inference.predictor import ImageDetections, Predictor
+from ddetr_cli.inference.detections import ImageDetections
+from ddetr_cli.inference.predictor import Predictor
 from ddetr_cli.inference.preparation import Prepared
-from ddetr_cli.model.detector import DetectionModel, DetectorOutput, build_detector
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import DetectionModel, DetectorOutput
 from ddetr_cli.presets import PRESETS, ModelConfig, get_preset
 from ddetr_cli.weights import load_model
 

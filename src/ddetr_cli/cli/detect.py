@@ -31,7 +31,7 @@ from ddetr_cli.detect.sinks.formats import FORMATS, STREAMED
 from ddetr_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from ddetr_cli.detect.run import Sink
+    from ddetr_cli.detect.results import Sink
     from ddetr_cli.detect.selection import Selection
     from ddetr_cli.inference.predictor import Predictor
     from ddetr_cli.weights import LoadedModel

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ddetr_cli.detect.journal import Journal, RunHeader
     from ddetr_cli.detect.manifest import Manifest
-    from ddetr_cli.detect.run import ImageResult, RunSummary, Sink
+    from ddetr_cli.detect.results import ImageResult, RunSummary, Sink
     from ddetr_cli.detect.sources import Input
     from ddetr_cli.distributed import Ranks
 

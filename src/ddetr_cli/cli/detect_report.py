@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ddetr_cli.classes import ClassTable
-    from ddetr_cli.detect.run import ImageResult, RunSummary
+    from ddetr_cli.detect.results import ImageResult, RunSummary
     from ddetr_cli.detect.selection import Selection
     from ddetr_cli.detect.sources import Inputs
     from ddetr_cli.weights import LoadedModel
@@ -120,7 +120,7 @@ def _show_summary(summary: RunSummary, classes: ClassTable, selection: Selection
     from rich.table import Table
     from rich.text import Text
 
-    from ddetr_cli.detect.run import class_counts
+    from ddetr_cli.detect.results import class_counts
     from ddetr_cli.printable import printable
 
     images = f"{summary.processed} image{'' if summary.processed == 1 else 's'}"

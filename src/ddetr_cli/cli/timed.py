@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     from ddetr_cli.bench.subjects import BenchModel
     from ddetr_cli.classes import ClassTable
-    from ddetr_cli.detect.run import ImageResult, Sink
+    from ddetr_cli.detect.results import ImageResult, Sink
     from ddetr_cli.detect.sources import Input
-    from ddetr_cli.inference.predictor import ImageDetections, Predictor
+    from ddetr_cli.inference.detections import ImageDetections
+    from ddetr_cli.inference.predictor import Predictor
     from ddetr_cli.model.detector import DetectionModel, DetectorOutput
     from ddetr_cli.train.matcher import Target
 
@@ -48,7 +49,7 @@ class DetectFinisher:
             sink.abandon()
 
     def _result(self, picture: Image, found: ImageDetections) -> ImageResult:
-        from ddetr_cli.detect.run import ImageResult
+        from ddetr_cli.detect.results import ImageResult
 
         boxes = [tuple(box) for box in found.boxes_xyxy_px.tolist()]
         return ImageResult(self._input, 1, picture.size, boxes, found.scores.tolist(), found.labels.tolist())

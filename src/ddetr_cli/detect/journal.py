@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ddetr_cli.atomic import output_error, write_atomically
 from ddetr_cli.detect.archives import Member
 from ddetr_cli.detect.remote import Remote
-from ddetr_cli.detect.run import ImageResult
+from ddetr_cli.detect.results import ImageResult
 from ddetr_cli.detect.sources import Input
 from ddetr_cli.detect.video import Frame, Video
 from ddetr_cli.errors import OutputError, UsageError

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ddetr_cli.detect.journal import RunHeader
-    from ddetr_cli.detect.run import RunSummary
+    from ddetr_cli.detect.results import RunSummary
 
 MANIFEST_FILE = "run.json"
 RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ddetr_cli.atomic import AtomicFile, output_error
 from ddetr_cli.detect.journal import Finished, RunHeader
-from ddetr_cli.detect.run import RunSummary, count_result
+from ddetr_cli.detect.results import RunSummary, count_result
 from ddetr_cli.detect.session import journals_in
 from ddetr_cli.detect.sources import CROPS_FOLDER, PICTURES_FOLDER
 from ddetr_cli.errors import UsageError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ddetr_cli.detect.run import Sink
+    from ddetr_cli.detect.results import Sink
     from ddetr_cli.detect.sources import Input
 
 

@@ -12,7 +12,7 @@ from ddetr_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from ddetr_cli.classes import ClassTable
-    from ddetr_cli.inference.predictor import ImageDetections
+    from ddetr_cli.inference.detections import ImageDetections
 
 _SHOWN_NAMES = 10
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from ddetr_cli.data.images import ImageLike
-    from ddetr_cli.inference.predictor import ImageDetections
+    from ddetr_cli.inference.detections import ImageDetections
     from ddetr_cli.inference.preparation import Prepared, Preprocess
 
 _log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ddetr_cli.errors import DeviceError, UsageError
 from ddetr_cli.inference.ahead import helper_threads, map_ahead
 from ddetr_cli.inference.batching import measured_batch_size
+from ddetr_cli.inference.detections import ImageDetections, finite
 from ddetr_cli.inference.device import resolve_device
 from ddetr_cli.inference.fast import accelerate, best_precision
 from ddetr_cli.inference.graphs import MOST_GRAPHS, accelerate_on_gpu
@@ -53,20 +54,6 @@ class Weighted(Protocol):
     def config(self) -> ModelConfig: ...
     @property
     def classes(self) -> ClassTable: ...
-
-
-@dataclass(frozen=True)
-class ImageDetections:
-    """What was found in one image, best first, no threshold.
-
-    boxes_xyxy_px (N,4), scores (N,), labels (N,) class indices: CPU tensors; boxes in pixels of the image as given,
-    not clipped to it (Faster R-CNN's are). ``dropped`` rows were not finite and are not among the N.
-    """
-
-    boxes_xyxy_px: Tensor
-    scores: Tensor
-    labels: Tensor
-    dropped: int = 0
 
 
 class Predictor:
@@ -221,7 +208,7 @@ class Predictor:
     def _run_batch(self, images: list[Prepared]) -> list[ImageDetections]:
         out = self.forward(torch.stack([image.pixels for image in images]))
         rows = decode(self._family, out, [image.size_hw for image in images])
-        return [_finite(row.boxes_xyxy_px, row.scores, row.labels) for row in rows]
+        return [finite(row.boxes_xyxy_px, row.scores, row.labels) for row in rows]
 
     def _measured_batch_size(self) -> int:
         """As many pictures of the largest size as fit beside the graphs that will be kept."""
@@ -251,10 +238,3 @@ class Predictor:
             f"device {self.device}: out of memory (one image at {size_hw[1]}x{size_hw[0]}{free}). "
             "Use a smaller --image-size, or --device cpu."
         )
-
-
-def _finite(boxes_xyxy_px: Tensor, scores: Tensor, labels: Tensor) -> ImageDetections:
-    """The rows whose score and four coordinates are finite: a NaN would count as a perfect match in pycocotools."""
-    is_finite = scores.isfinite() & boxes_xyxy_px.isfinite().all(dim=1)
-    dropped = len(scores) - int(is_finite.sum())
-    return ImageDetections(boxes_xyxy_px[is_finite], scores[is_finite], labels[is_finite], dropped)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ddetr_cli.inference.predictor import ImageDetections
+    from ddetr_cli.inference.detections import ImageDetections
 
 SMALLEST_TILE = 32
 DEFAULT_OVERLAP = 0.25

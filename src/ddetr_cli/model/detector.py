@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddetr_cli.model.backbone import BACKBONES, ResNet
 from ddetr_cli.model.position import sine_position
 from ddetr_cli.model.transformer import DeformableTransformer, refine_boxes
-from ddetr_cli.presets import DETR, FASTER_RCNN, ModelConfig
+from ddetr_cli.presets import ModelConfig
 
 FOCAL_PRIOR = 0.01  # every class starts at this probability (arXiv:1708.02002, section 3.3)
 
@@ -156,17 +156,3 @@ class DeformableDetr(DetectionModel):
             # The first extra level reads the trunk's raw last map, later ones the previous projected map.
             maps.append(self.input_proj[level](trunk[-1] if level == len(trunk) else maps[-1]))
         return maps
-
-
-def build_detector(config: ModelConfig) -> DetectionModel:
-    """A freshly initialised detector of any family, in training mode, on the CPU in float32."""
-    # A family is imported when it is built: torchvision, behind the last, takes two seconds to import.
-    if config.family == DETR:
-        from ddetr_cli.model.detr import Detr
-
-        return Detr(config)
-    if config.family == FASTER_RCNN:
-        from ddetr_cli.model.faster_rcnn import FasterRcnn
-
-        return FasterRcnn(config)
-    return DeformableDetr(config)

@@ -8,7 +8,8 @@ from typing import Any
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.errors import DatasetError
 from ddetr_cli.model.backbone import BACKBONES
-from ddetr_cli.model.detector import DetectionModel, build_detector
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import DetectionModel
 from ddetr_cli.presets import DETR, ModelConfig, get_preset
 from ddetr_cli.train.loop import Progress
 from ddetr_cli.train.options import TrainOptions, check_trainable, not_a_run, read_config, resumed_options

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.errors import CheckpointError
-from ddetr_cli.model.detector import DetectionModel, build_detector
+from ddetr_cli.model.build import build_detector
+from ddetr_cli.model.detector import DetectionModel
 from ddetr_cli.presets import DEFORMABLE_DETR, PRESETS, ModelConfig, get_preset
 from ddetr_cli.weights import layouts
 from ddetr_cli.weights.checkpoint import parse_header

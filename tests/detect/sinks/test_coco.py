@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ddetr_cli.classes import ClassTable
-from ddetr_cli.detect.run import ImageResult
+from ddetr_cli.detect.results import ImageResult
 from ddetr_cli.detect.sinks.coco import CocoRowsSink, CocoSink
 from ddetr_cli.detect.sources import Input
 

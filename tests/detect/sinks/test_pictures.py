@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ddetr_cli.classes import ClassTable
-from ddetr_cli.detect.run import ImageResult
+from ddetr_cli.detect.results import ImageResult
 from ddetr_cli.detect.sinks.coco import CocoSink
 from ddetr_cli.detect.sinks.names import picture_name
 from ddetr_cli.detect.sinks.pictures import CropsSink, PicturesSink

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.detect.drawing import PALETTE
-from ddetr_cli.detect.run import ImageResult
+from ddetr_cli.detect.results import ImageResult
 from ddetr_cli.detect.sinks.sheet import MOST_PICTURES, SheetSink
 from ddetr_cli.detect.sources import Input
 from ddetr_cli.errors import ImageError

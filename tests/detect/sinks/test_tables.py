@@ -9,7 +9,7 @@ import pytest
 
 from ddetr_cli.atomic import AtomicFile
 from ddetr_cli.classes import ClassTable
-from ddetr_cli.detect.run import ImageResult
+from ddetr_cli.detect.results import ImageResult
 from ddetr_cli.detect.sinks.tables import CsvSink, JsonLinesSink
 from ddetr_cli.detect.sources import Input
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddetr_cli.classes import COCO_TABLE, ClassTable
-from ddetr_cli.detect.run import ImageResult
+from ddetr_cli.detect.results import ImageResult
 from ddetr_cli.detect.sinks.coco import CocoSink
 from ddetr_cli.detect.sinks.yolo import YoloSink
 from ddetr_cli.detect.sources import Input

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import PRESETS
 from ddetr_cli.weights.layouts.authors import from_authors, to_authors
 

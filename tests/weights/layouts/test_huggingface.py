@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddetr_cli.model.detector import build_detector
+from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import DEFORMABLE_DETR, DETR, PRESETS
 from ddetr_cli.weights.layouts.huggingface import from_hugging_face, joined, to_hugging_face
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ddetr_cli.classes import ClassTable
-    from ddetr_cli.detect.run import Sink
+    from ddetr_cli.detect.results import Sink
     from ddetr_cli.detect.sinks.writing import Target
     from ddetr_cli.detect.sources import Input
 

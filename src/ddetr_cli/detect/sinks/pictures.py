@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ddetr_cli.classes import ClassTable
-    from ddetr_cli.detect.run import ImageResult
+    from ddetr_cli.detect.results import ImageResult
 
 _LONGEST_SIDE = 65_500  # what a JPEG can hold
 _OUR_CROP = re.compile(r"\d{4,}-[01]\.\d\d-.*\.jpg", re.DOTALL)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ddetr_cli.classes import ClassTable
-    from ddetr_cli.detect.run import ImageResult
+    from ddetr_cli.detect.results import ImageResult
     from ddetr_cli.detect.sources import Input
 
 MOST_PICTURES = 48

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from ddetr_cli.classes import ClassTable
-    from ddetr_cli.detect.run import ImageResult
+    from ddetr_cli.detect.results import ImageResult
     from ddetr_cli.detect.sinks.writing import Target
 
 

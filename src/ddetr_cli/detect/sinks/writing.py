@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ddetr_cli.classes import ClassTable
-    from ddetr_cli.detect.run import ImageResult
+    from ddetr_cli.detect.results import ImageResult
 
 
 class Target(Protocol):

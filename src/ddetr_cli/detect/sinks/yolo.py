@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ddetr_cli.classes import ClassTable
-    from ddetr_cli.detect.run import ImageResult
+    from ddetr_cli.detect.results import ImageResult
 
 
 class YoloSink:
