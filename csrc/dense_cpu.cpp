@@ -130,7 +130,7 @@ int32_t ddetr_dense_product(const ddetr_product* product, const ddetr_crew* crew
     }
     if (p.lines == 0 || p.width == 0) return DDETR_OK;
     ddetr_crew all = *crew;
-    if (all.scratch_bytes < kernels->form.block_rows * p.depth * kernels->form.weight_bytes) {
+    if (all.scratch_bytes < kernels->product_scratch(p)) {
         all.scratch = nullptr;
         all.scratch_bytes = 0;
     }

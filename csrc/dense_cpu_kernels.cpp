@@ -12,6 +12,7 @@ extern const DenseKernels DDETR_DENSE_KERNELS = {
     Engine::begin,
     Engine::end,
     {product_items, run_product<>},
+    product_scratch<>,
     {attention_inputs_items, run_attention_inputs},
     {feed_forward_items, run_feed_forward},
     {group_norm_items, run_group_statistics},

@@ -36,6 +36,7 @@ struct DenseKernels {
     void (*begin)();  // before a thread's first item, and after its last
     void (*end)();
     DenseLayer<ddetr_product> product;
+    int64_t (*product_scratch)(const ddetr_product& p);  // bytes of a slot that make it faster
     DenseLayer<ddetr_attention_inputs> attention_inputs;
     DenseLayer<ddetr_feed_forward> feed_forward;
     DenseLayer<GroupNormRows> group_statistics, group_scale;

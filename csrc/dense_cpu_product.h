@@ -55,7 +55,31 @@ DDETR_INLINE void finish_tile(const ddetr_product& p, const Cut& cut, int64_t li
     }
 }
 
-// An engine that splits its rows does so once for all panels where `slot` has room for them; it is null where not.
+// Which pixels the taps of a tile's rows meet: on each of taps_y lines so many in a row.
+struct TilePixels {
+    int64_t step, row, tap;  // from pixel to pixel in elements; from row to row, and from tap to tap, in pixels
+    int64_t of_a_line;       // 0: they are not in a row
+
+    explicit TilePixels(const ddetr_product& p) {
+        const bool is_one = p.taps_x == 1;
+        step = is_one ? p.input_pixel : smaller(p.input_pixel, p.tap_pixel);
+        const bool is_even = step > 0 && p.input_pixel % step == 0 && (is_one || p.tap_pixel % step == 0);
+        row = is_even ? p.input_pixel / step : 0;
+        tap = is_one || !is_even ? 0 : p.tap_pixel / step;
+        of_a_line = is_even ? among(kTileRows, p.taps_x) : 0;
+    }
+
+    int64_t among(int64_t rows, int64_t taps_x) const { return (rows - 1) * row + (taps_x - 1) * tap + 1; }
+};
+
+// Bytes of scratch with which an item is computed faster, for an engine that splits its rows; else 0.
+template <typename E = Engine>
+int64_t product_scratch(const ddetr_product& p) {
+    return kChunkTiles * p.taps_y * TilePixels(p).of_a_line * p.depth * E::kSplitBytes;
+}
+
+// An engine that splits its rows does so once for all panels and taps where `slot` has room for them; it is null
+// where not.
 template <typename E = Engine>
 void run_product(const ddetr_product& p, int64_t item, void* slot) {
     alignas(64) float sums[kTileRows * kPanel];
@@ -64,31 +88,37 @@ void run_product(const ddetr_product& p, int64_t item, void* slot) {
     const int64_t tile_end = smaller(tile_begin + kChunkTiles, cut.lines * cut.tiles_per_line);
     const int64_t column_begin = item % cut.groups * cut.panels_per_group * kPanel;
     const int64_t column_end = smaller(column_begin + cut.panels_per_group * kPanel, p.columns);
-    const int64_t depth = p.taps_y * p.taps_x * p.depth;
     const T* input = static_cast<const T*>(p.input);
-    char* split_rows = p.taps_y * p.taps_x == 1 ? static_cast<char*>(slot) : nullptr;
-    const int64_t split_bytes = kTileRows * depth * E::kSplitBytes;  // of a tile
+    const TilePixels pixels(p);
+    const bool is_split = slot != nullptr && product_scratch<E>(p) > 0;
     const auto visit_tiles = [&](const auto& visit) {
-        for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+        char* split = static_cast<char*>(slot);
+        for (int64_t tile = tile_begin; tile < tile_end; ++tile, split += product_scratch<E>(p) / kChunkTiles) {
             const int64_t line = tile / cut.tiles_per_line, first = tile % cut.tiles_per_line * kTileRows;
             visit(line, first, smaller(kTileRows, cut.width - first),
-                  input + line * p.input_line + first * p.input_pixel, (tile - tile_begin) * split_bytes);
+                  input + line * p.input_line + first * p.input_pixel, split);
         }
     };
     if constexpr (E::kSplitBytes > 0) {
-        if (split_rows != nullptr) {
-            visit_tiles([&](int64_t, int64_t, int64_t count, const T* at, int64_t split) {
-                E::split(at, p.input_pixel, count, depth, split_rows + split);
+        if (is_split) {
+            visit_tiles([&](int64_t, int64_t, int64_t count, const T* at, char* split) {
+                for (int64_t y = 0; y < p.taps_y; ++y) {
+                    E::split(at + y * p.tap_line, pixels.step, pixels.among(count, p.taps_x), pixels.of_a_line,
+                             p.depth, split + y * pixels.of_a_line * p.depth * E::kSplitBytes);
+                }
             });
         }
     }
     for (int64_t column = column_begin; column < column_end; column += kPanel) {
-        const Weight* panel = static_cast<const Weight*>(p.packed) + column * depth;
-        visit_tiles([&](int64_t line, int64_t first, int64_t count, const T* at, int64_t split) {
+        const Weight* panel = static_cast<const Weight*>(p.packed) + column * p.taps_y * p.taps_x * p.depth;
+        visit_tiles([&](int64_t line, int64_t first, int64_t count, const T* at, char* split) {
             if constexpr (E::kSplitBytes > 0) {
-                if (split_rows != nullptr) E::tile_of_split(split_rows + split, depth, panel, count, sums);
+                if (is_split) {
+                    E::tile_of_split({split, pixels.of_a_line, p.taps_y, p.taps_x, pixels.row, pixels.tap, p.depth},
+                                     panel, count, sums);
+                }
             }
-            if (E::kSplitBytes == 0 || split_rows == nullptr) {
+            if (!is_split) {
                 E::tile({at, p.input_pixel, p.taps_y, p.taps_x, p.tap_line, p.tap_pixel, p.depth}, panel, count,
                         sums);
             }

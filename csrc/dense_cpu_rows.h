@@ -71,7 +71,7 @@ DDETR_INLINE void multiply_rows(const T* input, int64_t row_step, int64_t count,
     const int64_t split_bytes = depth * E::kSplitBytes;  // of a row
     if constexpr (E::kSplitBytes > 0) {
         for (int64_t row = 0; row < count; row += kTileRows) {
-            E::split(input + row * row_step, row_step, smaller(kTileRows, count - row), depth,
+            E::split(input + row * row_step, row_step, smaller(kTileRows, count - row), kTileRows, depth,
                      split_rows + row * split_bytes);
         }
     }
@@ -80,7 +80,7 @@ DDETR_INLINE void multiply_rows(const T* input, int64_t row_step, int64_t count,
         for (int64_t row = 0; row < count; row += kTileRows) {
             const int64_t rows = smaller(kTileRows, count - row);
             if constexpr (E::kSplitBytes > 0) {
-                E::tile_of_split(split_rows + row * split_bytes, depth, panel, rows, sums);
+                E::tile_of_split({split_rows + row * split_bytes, kTileRows, 1, 1, 1, 0, depth}, panel, rows, sums);
             } else {
                 E::tile({input + row * row_step, row_step, 1, 1, 0, 0, depth}, panel, rows, sums);
             }

@@ -140,56 +140,67 @@ struct SplitWeight {
 struct Engine : TileRegisters {
     using Element = float;
     using Weight = SplitWeight;
-    // Of a tile's rows split beforehand: for each 32 numbers their parts, one after the other, all rows of each.
     static constexpr int64_t kSplitBytes = sizeof(SplitWeight);
 
-    static void split(const float* from, int64_t row_step, int64_t rows, int64_t depth, void* to) {
-        for (int64_t row = 0; row < rows; ++row) split_row(from + row * row_step, depth, row, static_cast<char*>(to));
+    // Pixels split beforehand, of `taps_y` lines the ones that the taps of a tile's rows meet: of each line and each
+    // 32 numbers their parts, one after the other, of each part all pixels.
+    struct Split {
+        const char* pixels;
+        int64_t line_pixels;  // that there is room for
+        int64_t taps_y, taps_x, row_pixels, tap_pixels;
+        int64_t depth;
+
+        int64_t line_bytes() const { return line_pixels * depth * kSplitBytes; }
+    };
+
+    static void split(const float* from, int64_t pixel_step, int64_t pixels, int64_t room, int64_t depth, char* to) {
+        for (int64_t i = 0; i < pixels; ++i) {
+            split_pixel(from + i * pixel_step, depth, to + i * kDepthStep * 2, room * kDepthStep * 2);
+        }
     }
 
     static void tile(const Rows<float>& rows, const SplitWeight* panel, int64_t count, float* sums) {
-        const Step first = {nullptr, reinterpret_cast<const char*>(panel)};
+        const char* weights = reinterpret_cast<const char*>(panel);
         multiply(count, sums, [&](const auto& add_steps) {
             alignas(64) char parts[kSlab * kTileRows * kSplitBytes];
-            Step step = first;
             for (int64_t y = 0; y < rows.taps_y; ++y) {
                 for (int64_t x = 0; x < rows.taps_x; ++x) {
                     const float* at = rows.first + y * rows.tap_line + x * rows.tap_pixel;
                     for (int64_t slab = 0; slab < rows.depth; slab += kSlab) {
                         const int64_t numbers = rows.depth - slab < kSlab ? rows.depth - slab : kSlab;
-                        split(at + slab, rows.row_step, count, numbers, parts);
-                        step.rows = parts;
-                        add_steps(step, numbers);
+                        split(at + slab, rows.row_step, count, kTileRows, numbers, parts);
+                        add_steps(parts, kTileRows, 1, weights, numbers);
+                        weights += numbers * kWeightBytes;
                     }
                 }
             }
         });
     }
 
-    static void tile_of_split(const void* rows, int64_t depth, const SplitWeight* panel, int64_t count, float* sums) {
-        Step step = {static_cast<const char*>(rows), reinterpret_cast<const char*>(panel)};
-        multiply(count, sums, [&](const auto& add_steps) { add_steps(step, depth); });
+    static void tile_of_split(const Split& split, const SplitWeight* panel, int64_t count, float* sums) {
+        const char* weights = reinterpret_cast<const char*>(panel);
+        multiply(count, sums, [&](const auto& add_steps) {
+            for (int64_t y = 0; y < split.taps_y; ++y) {
+                for (int64_t x = 0; x < split.taps_x; ++x) {
+                    const char* first = split.pixels + y * split.line_bytes() + x * split.tap_pixels * kDepthStep * 2;
+                    add_steps(first, split.line_pixels, split.row_pixels, weights, split.depth);
+                    weights += split.depth * kWeightBytes;
+                }
+            }
+        });
     }
 
   private:
     static constexpr int64_t kSlab = 128;  // numbers of each row split at once: they stay in the first-level cache
-    static constexpr int64_t kPartBytes = kDepthStep * 32 * 2;
-    static_assert(kPanel == 32 && kTileRows == 32, "parts of rows and weights are equally large");
+    static constexpr int64_t kWeightBytes = kPanel * kSplitBytes, kPartBytes = kDepthStep * kPanel * 2;
 
-    // The parts of the next 32 numbers.
-    struct Step {
-        const char* rows;
-        const char* weights;
-    };
-
-    static DDETR_INLINE void split_row(const float* from, int64_t numbers, int64_t row, char* to) {
+    static DDETR_INLINE void split_pixel(const float* from, int64_t numbers, char* to, int64_t part_bytes) {
         const __m512i upper_halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,
                                                       31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-        to += row * kDepthStep * 2;
         for (int64_t k = 0; k < numbers; k += kDepthStep) {
             FloatVec low = load(from + k), high = load(from + k + 16);
 #pragma GCC unroll 3
-            for (int part = 0; part < 3; ++part, to += kPartBytes) {
+            for (int part = 0; part < 3; ++part, to += part_bytes) {
                 const __m512i upper =
                     _mm512_permutex2var_epi16(bits_as<__m512i>(low), upper_halves, bits_as<__m512i>(high));
                 _mm512_storeu_si512(to, upper);
@@ -216,31 +227,32 @@ struct Engine : TileRegisters {
         if (count < kTileRows) configure(kTileRows);
     }
 
+    // Adds `depth` numbers of the rows times their weights; the rows are `row_pixels` apart among `room` pixels.
     template <bool kHasLower>
-    static DDETR_NOINLINE void add_steps(Step& step, int64_t depth) {
+    static DDETR_NOINLINE void add_steps(const char* pixels, int64_t room, int64_t row_pixels, const char* weights,
+                                         int64_t depth) {
+        const int64_t part_bytes = room * kDepthStep * 2, row_bytes = row_pixels * kDepthStep * 2;
         see_memory();
-        for (int64_t k = 0; k < depth; k += kDepthStep) {
-            add_part<kHasLower, 3>(step.rows, step.weights);
-            add_part<kHasLower, 2>(step.rows, step.weights + kPartBytes);
-            add_part<kHasLower, 1>(step.rows, step.weights + 2 * kPartBytes);
-            step.rows += 3 * kPartBytes;
-            step.weights += 3 * kPartBytes;
+        for (int64_t k = 0; k < depth; k += kDepthStep, pixels += 3 * part_bytes, weights += 3 * kPartBytes) {
+            add_part<kHasLower, 3>(pixels, part_bytes, row_bytes, weights);
+            add_part<kHasLower, 2>(pixels, part_bytes, row_bytes, weights + kPartBytes);
+            add_part<kHasLower, 1>(pixels, part_bytes, row_bytes, weights + 2 * kPartBytes);
         }
         see_memory();
     }
 
     // A part of the weights times the first parts of the rows.
     template <bool kHasLower, int kRowParts>
-    static DDETR_INLINE void add_part(const char* rows, const char* weights) {
+    static DDETR_INLINE void add_part(const char* rows, int64_t part_bytes, int64_t row_bytes, const char* weights) {
         _tile_loadd(6, weights, 128);
         _tile_loadd(7, weights + 64, 128);
 #pragma GCC unroll 3
-        for (int part = 0; part < kRowParts; ++part) {
-            _tile_loadd(4, rows + part * kPartBytes, 64);
+        for (int part = 0; part < kRowParts; ++part, rows += part_bytes) {
+            _tile_loadd(4, rows, row_bytes);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             if (kHasLower) {
-                _tile_loadd(5, rows + part * kPartBytes + kPartBytes / 2, 64);
+                _tile_loadd(5, rows + 16 * row_bytes, row_bytes);
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
