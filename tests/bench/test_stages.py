@@ -18,6 +18,7 @@ from ddetr_cli.bench.tables import Silence
 from ddetr_cli.bench.timing import Samples
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.inference.detections import ImageDetections
+from ddetr_cli.ops.dense import dense_engine
 from ddetr_cli.presets import get_preset
 
 CPU = torch.device("cpu")
@@ -101,8 +102,9 @@ def ceilings_of(seconds: dict[str, float]) -> Ceilings:
     return Ceilings((64, 64), {name: Samples((value,)) for name, value in seconds.items()})
 
 
-def test_the_floor_is_flops_at_the_best_convolution_and_the_encoders_op() -> None:
+def test_the_floor_is_flops_at_the_best_convolution_and_the_encoders_op(monkeypatch: pytest.MonkeyPatch) -> None:
     config = get_preset("r50")
+    monkeypatch.setattr("ddetr_cli.bench.ceilings.dense_engine", lambda _: None)
     names = list(ceiling_probes((64, 64), [config], ["fp32"], 1, CPU))
     # The last convolution does its 9 * 512 * 512 * 25 * 42 multiply-adds at 1e9 a second, the others at half that.
     rates = [0.5e9, 0.5e9, 1e9]
@@ -112,9 +114,33 @@ def test_the_floor_is_flops_at_the_best_convolution_and_the_encoders_op() -> Non
     times |= {names[3]: 0.25, names[4]: 1.0, names[5]: 1.0}
     ceilings = ceilings_of(times)
     assert ceilings.peak("fp32") == pytest.approx(1e9)
+    assert ceilings.peak_of("fp32") == "PyTorch"
     size = ModelSize(1, 1, {"convolution": 3_000_000_000, "linear": 1_000_000_000, "deformable": 77})
     assert ceilings.floor(config, size, "fp32") == pytest.approx(4.0 + 6 * 0.25)
     assert ceilings.floor(get_preset("detr-r50"), size, "fp32") == pytest.approx(4.0)
+
+
+def test_the_peak_is_that_of_the_engine_that_inference_runs_on_where_it_is_higher() -> None:
+    by = {"PyTorch": 2.0, "fp32 AMX": 0.5, "bf16 AMX": 0.1}
+    seconds = {
+        f"convolution 3x3 {c}x{h}x{w}, {name}, {name.split()[0] if ' ' in name else 'fp32'}": s * 9 * c * c * h * w
+        for name, s in by.items()
+        for c, h, w in CONVOLUTIONS
+    }
+    ceilings = ceilings_of(seconds)
+    assert (ceilings.peak("fp32"), ceilings.peak_of("fp32")) == (pytest.approx(2.0), "fp32 AMX")
+    assert (ceilings.peak("bf16"), ceilings.peak_of("bf16")) == (pytest.approx(10.0), "bf16 AMX")
+    assert len(ceilings.table().rows) == 9
+
+
+def test_our_engine_is_probed_beside_pytorch() -> None:
+    engine = dense_engine(torch.float32)
+    if engine is None:
+        pytest.skip("no engine on this processor")
+    probes = ceiling_probes((64, 64), [], ["fp32"], 1, CPU)
+    own = [name for name in probes if name.endswith(f", {engine.name}, fp32")]
+    assert len(own) == len(CONVOLUTIONS)
+    probes[own[0]]()
 
 
 def test_rates_of_memory_count_what_is_read_and_written() -> None:

@@ -1,8 +1,9 @@
 """What this machine can do at best, measured beside the models: no model can be faster than its floor.
 
-The floor of a model is its multiply-adds at the rate of the best convolution, and its deformable attention in the
-encoder at the rate of the kernel on a value that fits into the nearest cache. That is what the time would be if every
-part ran as fast as the best one, and memory cost nothing.
+The floor of a model is its multiply-adds at the rate of the best convolution, PyTorch's or that of the engine which
+inference runs on here, and its deformable attention in the encoder at the rate of the kernel on a value that fits
+into the nearest cache. That is what the time would be if every part ran as fast as the best one, and memory cost
+nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from ddetr_cli.bench.op_cases import DTYPES, level_sizes
 from ddetr_cli.bench.tables import Table, middle_half, milliseconds
 from ddetr_cli.bench.timing import Samples
 from ddetr_cli.ops import msda
+from ddetr_cli.ops.dense import Map, dense_engine, huge_buffer
 from ddetr_cli.presets import DEFORMABLE_DETR, ModelConfig
 
 # The 3x3 convolutions of ResNet-50's last three stages in a picture of 800x1333: channels, height, width.
 CONVOLUTIONS = ((128, 100, 167), (256, 50, 84), (512, 25, 42))
+PYTORCH = "PyTorch"
 # Maps whose whole value, one head of it, fits into any first-level cache.
 NEAR_MAPS = (6, 6, 4, 4, 3, 3, 2, 2)
 COPY_BYTES = 256 << 20
@@ -37,10 +40,20 @@ class Ceilings:
 
     def peak(self, precision: str) -> float:
         """Multiply-adds per second of the best convolution in ``precision``."""
-        return max(
-            _convolution_flops(shape) / self.times[_convolution_name(shape, precision)].median
+        return max(self._rates(precision).values())
+
+    def peak_of(self, precision: str) -> str:
+        """Whose convolution that is: PyTorch's, or an engine of ours by its name."""
+        rates = self._rates(precision)
+        return max(rates, key=lambda name: rates[name]).split(", ")[1]
+
+    def _rates(self, precision: str) -> dict[str, float]:
+        return {
+            name: _convolution_flops(shape) / samples.median
             for shape in CONVOLUTIONS
-        )
+            for name, samples in self.times.items()
+            if name.startswith(_convolution_name(shape, "")) and name.endswith(f" {precision}")
+        }
 
     def floor(self, config: ModelConfig, size: ModelSize, precision: str) -> float:
         """Seconds that a model of ``size`` (counted at the same picture size) cannot be faster than."""
@@ -65,6 +78,7 @@ class Ceilings:
         precisions = sorted({name.split()[-1] for name in self.times if name.startswith("convolution")})
         return {
             "peak_flops": {precision: self.peak(precision) for precision in precisions},
+            "peak_by": {precision: self.peak_of(precision) for precision in precisions},
             "copy_bytes_per_s": self.copy_rate,
             "fresh_bytes_per_s": self.fresh_rate,
             "probes": {name: samples.to_json() for name, samples in self.times.items()},
@@ -75,7 +89,7 @@ class Ceilings:
         rows = []
         for name, samples in self.times.items():
             if name.startswith("convolution"):
-                shape = next(s for s in CONVOLUTIONS if name == _convolution_name(s, name.split()[-1]))
+                shape = next(s for s in CONVOLUTIONS if name.startswith(_convolution_name(s, "")))
                 rate = f"{_convolution_flops(shape) / samples.median / 1e9:.0f} G multiply-adds/s"
             elif name == "copy":
                 rate = f"{self.copy_rate / 1e9:.1f} GB/s"
@@ -98,7 +112,9 @@ def ceiling_probes(
             channels, height, width = shape
             image = torch.randn(1, channels, height, width, device=device)
             kernel = torch.randn(channels, channels, 3, 3, device=device)
-            probes[_convolution_name(shape, precision)] = _convolution(image, kernel, dtype)
+            probes[f"{_convolution_name(shape, PYTORCH)}, {precision}"] = _convolution(image, kernel, dtype)
+            if device.type == "cpu":
+                probes |= _own_convolution(shape, kernel, precision)
         for config in configs:
             if config.family == DEFORMABLE_DETR and _msda_name(config, precision) not in probes:
                 probes[_msda_name(config, precision)] = _near_msda(size_hw, config, dtype, batch_size, device)
@@ -112,6 +128,32 @@ def ceiling_probes(
 def _convolution(image: torch.Tensor, kernel: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
     image, kernel = (tensor.to(dtype, memory_format=torch.channels_last) for tensor in (image, kernel))
     return lambda: F.conv2d(image, kernel, padding=1)
+
+
+def _own_convolution(
+    shape: tuple[int, int, int], kernel: torch.Tensor, precision: str
+) -> dict[str, Callable[[], object]]:
+    """The same on the engine that inference runs on, from and to memory that is there already; {} without one."""
+    engine = dense_engine(DTYPES[precision]) if DTYPES[precision] in (torch.float32, torch.bfloat16) else None
+    if engine is None:
+        return {}
+    channels, height, width = shape
+    source = torch.randn(height + 2, width + 2, channels).to(engine.dtype)
+    target = torch.empty(height, width, channels, dtype=engine.dtype)
+    threads = torch.get_num_threads()
+    scratch = huge_buffer(threads * engine.scratch_bytes(256, 1024))
+    convolution = engine.convolution(
+        engine.crew(threads, scratch),
+        engine.pack(kernel, None),
+        Map(source[1:, 1:].data_ptr(), height, width, channels, border=1),
+        Map(target.data_ptr(), height, width, channels),
+        padding=1,
+    )
+
+    def run(_kept: object = (source, target, scratch)) -> None:
+        convolution()
+
+    return {f"{_convolution_name(shape, engine.name)}, {precision}": run}
 
 
 def _near_msda(
@@ -128,9 +170,9 @@ def _near_msda(
     return lambda: msda(value, maps, sampling_xy, weights)
 
 
-def _convolution_name(shape: tuple[int, int, int], precision: str) -> str:
+def _convolution_name(shape: tuple[int, int, int], by: str) -> str:
     channels, height, width = shape
-    return f"convolution 3x3 {channels}x{height}x{width} {precision}"
+    return f"convolution 3x3 {channels}x{height}x{width}, {by}"
 
 
 def _convolution_flops(shape: tuple[int, int, int]) -> int:
