@@ -104,7 +104,27 @@ int32_t ddetr_msda_backward_cuda(const ddetr_msda_dims* dims, int32_t dtype, con
     if (!has_samples(*dims)) return DDETR_OK;
     const DeviceGuard guard(device);
     if (guard.status() != cudaSuccess) return guard.status();
-    const BackwardBuffers at = {grad_output, value, sampling_xy, weights, grad_value, grad_sampling_xy, grad_weights};
+    BackwardBuffers at = {};
+    at.grad_output = grad_output, at.value = value, at.sampling_xy = sampling_xy, at.weights = weights;
+    at.grad_value = grad_value, at.grad_sampling_xy = grad_sampling_xy, at.grad_weights = grad_weights;
+    return backward(problem_of(*dims, dtype, level_hw, stream), at, kernels);
+}
+
+int32_t ddetr_msda_fused_backward_cuda(const ddetr_msda_dims* dims, int32_t dtype, const int64_t* level_hw,
+                                       const void* grad_output, const void* value, const void* projected,
+                                       const int64_t* projected_strides, const void* reference,
+                                       int32_t reference_numbers, void* grad_value, void* grad_projected,
+                                       int32_t kernels, int32_t device, void* stream) {
+    if (reference_numbers != 2 && reference_numbers != 4) return DDETR_ERROR_DIMS;
+    const int32_t status = check_cuda_problem(dims, dtype, level_hw);
+    if (status != DDETR_OK) return status;
+    if (!has_samples(*dims)) return DDETR_OK;
+    const DeviceGuard guard(device);
+    if (guard.status() != cudaSuccess) return guard.status();
+    BackwardBuffers at = {};
+    at.grad_output = grad_output, at.value = value, at.projected = projected, at.reference = reference;
+    at.projected_strides[0] = projected_strides[0], at.projected_strides[1] = projected_strides[1];
+    at.reference_numbers = reference_numbers, at.grad_value = grad_value, at.grad_projected = grad_projected;
     return backward(problem_of(*dims, dtype, level_hw, stream), at, kernels);
 }
 
@@ -131,7 +151,9 @@ int32_t ddetr_msda_backward_sorted_cuda(const ddetr_msda_dims* dims, int32_t dty
         return numbers == 0 ? DDETR_OK
                             : cudaMemsetAsync(grad_value, 0, static_cast<size_t>(numbers * size), problem.stream);
     }
-    const BackwardBuffers at = {grad_output, value, sampling_xy, weights, nullptr, grad_sampling_xy, grad_weights};
+    BackwardBuffers at = {};
+    at.grad_output = grad_output, at.value = value, at.sampling_xy = sampling_xy, at.weights = weights;
+    at.grad_sampling_xy = grad_sampling_xy, at.grad_weights = grad_weights;
     const int32_t launched = backward(problem, at, kernels);
     if (launched != DDETR_OK || numbers == 0) return launched;
     return grad_value_sorted(problem, at, grad_value, workspace);

@@ -147,6 +147,89 @@ struct ProjectedSamples {
     }
 };
 
+// ---- gradients of samples, in either form of the op ----
+//
+// Of every sample of a row one lane calls put(), with the gradient by the weight and, still without the weight, by
+// the pixel; then all lanes of the warp call finish() with the sum of what put() gave each of them. kBlocks are to
+// fit on a processor at a time, which bounds the registers of fast kernels.
+
+// Of locations and weights. kInPairs: locations are aligned to two numbers.
+template <typename Real, bool kInPairs>
+struct GivenGradients {
+    using Row = typename GivenSamples<Real>::Row;
+    static constexpr int kBlocks = 4;
+    Real* sampling_xy;
+    Real* weights;
+
+    __device__ __forceinline__ Real put(const ddetr_msda_dims& dims, int64_t b, int64_t q, int64_t m, int64_t i,
+                                        int64_t, const Row&, Real weight, Real by_weight, Real by_x, Real by_y,
+                                        int32_t height, int32_t width) const {
+        const int64_t sample = ((b * dims.queries + q) * dims.heads + m) * dims.levels * dims.points + i;
+        const Real x = weight * static_cast<Real>(width) * by_x, y = weight * static_cast<Real>(height) * by_y;
+        weights[sample] = by_weight;
+        write_pair(sampling_xy + 2 * sample, x, y);
+        return 0;
+    }
+    template <int kLanes>
+    __device__ __forceinline__ void finish(const ddetr_msda_dims&, int64_t, int64_t, int64_t, int, bool,
+                                           const GivenSamples<Real>&, const Row&, Real) const {}
+
+  private:
+    static __device__ __forceinline__ void write_pair(Real* to, Real x, Real y) {
+        if (kInPairs) {
+            *reinterpret_cast<float2*>(to) = make_float2(static_cast<float>(x), static_cast<float>(y));
+        } else {
+            to[0] = x;
+            to[1] = y;
+        }
+    }
+};
+
+// Of what the projections give, side by side: through locations and the softmax.
+template <typename Real>
+struct ProjectedGradients {
+    using Row = typename ProjectedSamples<Real>::Row;
+    static constexpr int kBlocks = 3;
+    Real* projected;
+    int32_t numbers;  // of a reference point
+
+    __device__ __forceinline__ Real put(const ddetr_msda_dims& dims, int64_t b, int64_t q, int64_t m, int64_t i,
+                                        int64_t level, const Row& row, Real weight, Real by_weight, Real by_x,
+                                        Real by_y, int32_t height, int32_t width) const {
+        Real *offsets = offsets_of(dims, b, q, m) + 2 * i, x = weight * by_x, y = weight * by_y;
+        if (numbers == 4) {
+            const Real* at = row.reference + level * numbers;
+            x *= at[2] * static_cast<Real>(width) * (Real(0.5) / static_cast<Real>(dims.points));
+            y *= at[3] * static_cast<Real>(height) * (Real(0.5) / static_cast<Real>(dims.points));
+        }
+        offsets[0] = x;
+        offsets[1] = y;
+        return logits_of(dims, b, q, m)[i] = weight * by_weight;
+    }
+    // The softmax: a logit loses its weight's share of the sum over all samples.
+    template <int kLanes>
+    __device__ __forceinline__ void finish(const ddetr_msda_dims& dims, int64_t b, int64_t q, int64_t m, int lane,
+                                           bool is_real, const ProjectedSamples<Real>& source, const Row& row,
+                                           Real sum) const {
+        for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+        __syncwarp();  // other lanes have put some of what follows
+        if (!is_real) return;
+        Real* logits = logits_of(dims, b, q, m);
+        for (int64_t i = lane; i < dims.levels * dims.points; i += kLanes) logits[i] -= source.weight(row, i) * sum;
+    }
+
+  private:
+    __device__ __forceinline__ Real* query(const ddetr_msda_dims& dims, int64_t b, int64_t q) const {
+        return projected + (b * dims.queries + q) * 3 * dims.heads * dims.levels * dims.points;
+    }
+    __device__ __forceinline__ Real* offsets_of(const ddetr_msda_dims& dims, int64_t b, int64_t q, int64_t m) const {
+        return query(dims, b, q) + 2 * m * dims.levels * dims.points;
+    }
+    __device__ __forceinline__ Real* logits_of(const ddetr_msda_dims& dims, int64_t b, int64_t q, int64_t m) const {
+        return query(dims, b, q) + (2 * dims.heads + m) * dims.levels * dims.points;
+    }
+};
+
 // ---- launching ----
 
 inline unsigned blocks_for(int64_t items, int64_t items_per_block) {
@@ -179,22 +262,27 @@ struct ForwardBuffers {
     void* output;
 };
 
-template <typename Real>
-GivenSamples<Real> given(const ForwardBuffers& at) {
+struct BackwardBuffers {
+    const void *grad_output, *value, *sampling_xy, *weights;
+    void* grad_value;  // in the compute type, added to; null: not computed, in the plain form
+    void *grad_sampling_xy, *grad_weights;
+    const void* projected;  // the fused form, or null
+    int64_t projected_strides[2];
+    const void* reference;
+    int32_t reference_numbers;
+    void* grad_projected;
+};
+
+template <typename Real, typename Buffers>
+GivenSamples<Real> given(const Buffers& at) {
     return {static_cast<const Real*>(at.sampling_xy), static_cast<const Real*>(at.weights)};
 }
 
-template <typename Real>
-ProjectedSamples<Real> projected(const ForwardBuffers& at) {
+template <typename Real, typename Buffers>
+ProjectedSamples<Real> projected(const Buffers& at) {
     return {static_cast<const Real*>(at.projected), at.projected_strides[0], at.projected_strides[1],
             static_cast<const Real*>(at.reference), at.reference_numbers};
 }
-
-struct BackwardBuffers {
-    const void *grad_output, *value, *sampling_xy, *weights;
-    void* grad_value;  // in the compute type, added to; null: not computed
-    void *grad_sampling_xy, *grad_weights;
-};
 
 int32_t forward_plain(const Problem& problem, const ForwardBuffers& at);
 int32_t backward_plain(const Problem& problem, const BackwardBuffers& at);

@@ -56,11 +56,11 @@ __device__ __forceinline__ float sum_transposed(const float (&x)[4], int lane) {
     return sum;
 }
 
-template <typename T, int kLanes, bool kScatters>
-__global__ void __launch_bounds__(kThreads, 4)
+template <typename T, int kLanes, bool kScatters, typename Source, typename Gradients>
+__global__ void __launch_bounds__(kThreads, Gradients::kBlocks)
     backward_rows_kernel(ddetr_msda_dims dims, Levels levels, Schedule schedule, const T* __restrict__ grad_output,
-                         const T* __restrict__ value, GivenSamples<float> source, float* __restrict__ grad_value,
-                         float* __restrict__ grad_sampling_xy, float* __restrict__ grad_weights) {
+                         const T* __restrict__ value, Source source, float* __restrict__ grad_value,
+                         Gradients gradients) {
     constexpr int kRows = kWarp / kLanes;
     __shared__ int32_t shared_queries[kMaxQueriesPerBlock];
     __shared__ int4 shared_offsets[kThreads];
@@ -86,15 +86,16 @@ __global__ void __launch_bounds__(kThreads, 4)
         const auto row = source.template row<kLanes>(dims, work.b, q, work.m, lane);
         Channels<T, 4> grad;
         grad.read(grad_output + place * dims.channels + channel);
+        float sum = 0;
         for (int32_t batch = 0; batch < schedule.samples; batch += kLanes) {
             const int32_t i = batch + lane;
             const bool is_mine = is_real && i < schedule.samples;
             Cell<float> cell = {};
             float weight = 0;
-            int32_t height = 0, width = 0;
+            int32_t height = 0, width = 0, level = 0;
             Corners corners = {make_int4(-1, -1, -1, -1), make_float4(0, 0, 0, 0)};
             if (is_mine) {
-                const int32_t level = schedule.points.quotient(i);
+                level = schedule.points.quotient(i);
                 height = levels.height[level];
                 width = levels.width[level];
                 cell = source.cell(row, i, level, height, width, points);
@@ -124,32 +125,36 @@ __global__ void __launch_bounds__(kThreads, 4)
                     const float4 dot = dots[lane * kRows];
                     const float right = cell.right, left = 1 - right, low = cell.low, high = 1 - low;
                     by_weight = high * (left * dot.x + right * dot.y) + low * (left * dot.z + right * dot.w);
-                    by_x = weight * static_cast<float>(width) * (high * (dot.y - dot.x) + low * (dot.w - dot.z));
-                    by_y = weight * static_cast<float>(height) * (left * (dot.z - dot.x) + right * (dot.w - dot.y));
+                    by_x = high * (dot.y - dot.x) + low * (dot.w - dot.z);
+                    by_y = left * (dot.z - dot.x) + right * (dot.w - dot.y);
                 }
-                const int64_t sample = place * schedule.samples + i;
-                grad_weights[sample] = by_weight;
-                reinterpret_cast<float2*>(grad_sampling_xy)[sample] = make_float2(by_x, by_y);
+                sum += gradients.put(dims, work.b, q, work.m, i, level, row, weight, by_weight, by_x, by_y, height,
+                                     width);
             }
         }
+        gradients.template finish<kLanes>(dims, work.b, q, work.m, lane, is_real, source, row, sum);
     }
 }
 
-template <typename T, int kLanes, bool kScatters>
-int32_t run(const Problem& problem, const BackwardBuffers& at) {
+template <typename T, int kLanes, bool kScatters, typename Source, typename Gradients>
+int32_t run(const Problem& problem, const BackwardBuffers& at, const Source& source, const Gradients& gradients) {
     const Schedule schedule = schedule_for(problem, kMaxQueriesPerBlock / 2);
     const int64_t blocks = schedule.blocks_of_queries * problem.dims.batch * problem.dims.heads;
-    const GivenSamples<float> source = {static_cast<const float*>(at.sampling_xy),
-                                        static_cast<const float*>(at.weights)};
-    return launch(backward_rows_kernel<T, kLanes, kScatters>, static_cast<unsigned>(blocks), problem.stream,
-                  problem.dims, problem.levels, schedule, static_cast<const T*>(at.grad_output),
-                  static_cast<const T*>(at.value), source, static_cast<float*>(at.grad_value),
-                  static_cast<float*>(at.grad_sampling_xy), static_cast<float*>(at.grad_weights));
+    return launch(backward_rows_kernel<T, kLanes, kScatters, Source, Gradients>, static_cast<unsigned>(blocks),
+                  problem.stream, problem.dims, problem.levels, schedule, static_cast<const T*>(at.grad_output),
+                  static_cast<const T*>(at.value), source, static_cast<float*>(at.grad_value), gradients);
 }
 
 template <typename T, int kLanes>
 int32_t run(const Problem& problem, const BackwardBuffers& at) {
-    return at.grad_value == nullptr ? run<T, kLanes, false>(problem, at) : run<T, kLanes, true>(problem, at);
+    if (at.projected != nullptr) {
+        const ProjectedGradients<float> gradients = {static_cast<float*>(at.grad_projected), at.reference_numbers};
+        return run<T, kLanes, true>(problem, at, projected<float>(at), gradients);
+    }
+    const GivenGradients<float, true> gradients = {static_cast<float*>(at.grad_sampling_xy),
+                                                   static_cast<float*>(at.grad_weights)};
+    if (at.grad_value == nullptr) return run<T, kLanes, false>(problem, at, given<float>(at), gradients);
+    return run<T, kLanes, true>(problem, at, given<float>(at), gradients);
 }
 
 template <typename T>

@@ -60,32 +60,29 @@ __device__ __forceinline__ Real sum_warp(Real x) {
     return x;
 }
 
-template <typename T>
+template <typename T, typename Source, typename Gradients>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(ddetr_msda_dims dims, Levels levels, const T* __restrict__ grad_output,
-                    const T* __restrict__ value, const typename ComputeOf<T>::Real* __restrict__ sampling_xy,
-                    const typename ComputeOf<T>::Real* __restrict__ weights,
-                    typename ComputeOf<T>::Real* __restrict__ grad_value,
-                    typename ComputeOf<T>::Real* __restrict__ grad_sampling_xy,
-                    typename ComputeOf<T>::Real* __restrict__ grad_weights) {
+                    const T* __restrict__ value, Source source, typename ComputeOf<T>::Real* __restrict__ grad_value,
+                    Gradients gradients) {
     using Real = typename ComputeOf<T>::Real;
     const int64_t rows = dims.batch * dims.queries * dims.heads;
-    const int64_t samples = dims.levels * dims.points, stride = dims.heads * dims.channels;
+    const int64_t stride = dims.heads * dims.channels;
     const int lane = threadIdx.x % kWarp;
     const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
     const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
     // All lanes of a warp take every branch on row, level and point together, as the shuffles require.
     for (int64_t row = first; row < rows; row += step) {
-        const int64_t m = row % dims.heads, b = row / dims.heads / dims.queries;
+        const int64_t m = row % dims.heads, q = row / dims.heads % dims.queries, b = row / dims.heads / dims.queries;
         const int64_t head = (b * dims.positions * dims.heads + m) * dims.channels;
         const T* grad = grad_output + row * dims.channels;
-        const Real* xy = sampling_xy + row * samples * 2;
+        const auto own = source.template row<kWarp>(dims, b, q, m, lane);
+        Real sum = 0;
         for (int64_t level = 0; level < dims.levels; ++level) {
             const int32_t height = levels.height[level], width = levels.width[level];
             for (int64_t i = level * dims.points; i < (level + 1) * dims.points; ++i) {
-                const Cell<Real> cell =
-                    locate(xy[2 * i], xy[2 * i + 1], static_cast<Real>(height), static_cast<Real>(width));
-                const Real weight = weights[row * samples + i];
+                const Cell<Real> cell = source.cell(own, i, level, height, width, dims.points);
+                const Real weight = source.weight(own, i);
                 Real by_weight = 0, by_x = 0, by_y = 0;
                 if (cell.is_used) {
                     Real dots[4] = {0, 0, 0, 0};
@@ -102,17 +99,15 @@ __global__ void __launch_bounds__(kThreads)
                     }
                     const Real right = cell.right, left = 1 - right, low = cell.low, high = 1 - low;
                     by_weight = high * (left * dots[0] + right * dots[1]) + low * (left * dots[2] + right * dots[3]);
-                    by_x = weight * width * (high * (dots[1] - dots[0]) + low * (dots[3] - dots[2]));
-                    by_y = weight * height * (left * (dots[2] - dots[0]) + right * (dots[3] - dots[1]));
+                    by_x = high * (dots[1] - dots[0]) + low * (dots[3] - dots[2]);
+                    by_y = left * (dots[2] - dots[0]) + right * (dots[3] - dots[1]);
                 }
                 if (lane == 0) {
-                    const int64_t sample = row * samples + i;
-                    grad_weights[sample] = by_weight;
-                    grad_sampling_xy[2 * sample] = by_x;
-                    grad_sampling_xy[2 * sample + 1] = by_y;
+                    sum += gradients.put(dims, b, q, m, i, level, own, weight, by_weight, by_x, by_y, height, width);
                 }
             }
         }
+        gradients.template finish<kWarp>(dims, b, q, m, lane, true, source, own, sum);
     }
 }
 
@@ -131,15 +126,26 @@ int32_t run_forward(const Problem& problem, const ForwardBuffers& at) {
     return run_forward<T>(problem, at, projected<Real>(at));
 }
 
+template <typename T, typename Source, typename Gradients>
+int32_t run_backward(const Problem& problem, const BackwardBuffers& at, const Source& source,
+                     const Gradients& gradients) {
+    using Real = typename ComputeOf<T>::Real;
+    const int64_t rows = problem.dims.batch * problem.dims.queries * problem.dims.heads;
+    return launch(backward_kernel<T, Source, Gradients>, blocks_for(rows, kThreads / kWarp), problem.stream,
+                  problem.dims, problem.levels, static_cast<const T*>(at.grad_output),
+                  static_cast<const T*>(at.value), source, static_cast<Real*>(at.grad_value), gradients);
+}
+
 template <typename T>
 int32_t run_backward(const Problem& problem, const BackwardBuffers& at) {
     using Real = typename ComputeOf<T>::Real;
-    const int64_t rows = problem.dims.batch * problem.dims.queries * problem.dims.heads;
-    return launch(backward_kernel<T>, blocks_for(rows, kThreads / kWarp), problem.stream, problem.dims,
-                  problem.levels, static_cast<const T*>(at.grad_output), static_cast<const T*>(at.value),
-                  static_cast<const Real*>(at.sampling_xy), static_cast<const Real*>(at.weights),
-                  static_cast<Real*>(at.grad_value), static_cast<Real*>(at.grad_sampling_xy),
-                  static_cast<Real*>(at.grad_weights));
+    if (at.projected != nullptr) {
+        const ProjectedGradients<Real> gradients = {static_cast<Real*>(at.grad_projected), at.reference_numbers};
+        return run_backward<T>(problem, at, projected<Real>(at), gradients);
+    }
+    const GivenGradients<Real, false> gradients = {static_cast<Real*>(at.grad_sampling_xy),
+                                                   static_cast<Real*>(at.grad_weights)};
+    return run_backward<T>(problem, at, given<Real>(at), gradients);
 }
 
 }  // namespace

@@ -47,6 +47,14 @@ DDETR_API int32_t ddetr_msda_backward_cuda(const ddetr_msda_dims* dims, int32_t 
                                            const void* weights, void* grad_value, void* grad_sampling_xy,
                                            void* grad_weights, int32_t kernels, int32_t device, void* stream);
 
+/* The same for the fused form: writes all of grad_projected, (B,Q,3*M*L*P) side by side in the compute type, and adds
+ * to grad_value. The gradient of reference is not computed: that of a centre follows from those of its offsets. */
+DDETR_API int32_t ddetr_msda_fused_backward_cuda(const ddetr_msda_dims* dims, int32_t dtype, const int64_t* level_hw,
+                                                 const void* grad_output, const void* value, const void* projected,
+                                                 const int64_t* projected_strides, const void* reference,
+                                                 int32_t reference_numbers, void* grad_value, void* grad_projected,
+                                                 int32_t kernels, int32_t device, void* stream);
+
 /* Bytes of workspace that ddetr_msda_backward_sorted_cuda needs, or a negative code. */
 DDETR_API int64_t ddetr_msda_backward_sorted_bytes(const ddetr_msda_dims* dims, int32_t dtype,
                                                    const int64_t* level_hw);

@@ -189,6 +189,34 @@ void locate_all(const Case& c, std::vector<float>& xy, std::vector<float>& weigh
     }
 }
 
+// The softmax backward: of every logit, from the gradients of the weights.
+std::vector<double> by_logits(const Case& c, const std::vector<float>& weights,
+                              const std::vector<double>& by_weights) {
+    const int64_t of_row = c.dims.levels * c.dims.points;
+    std::vector<double> result(c.samples);
+    for (int64_t sample = 0; sample < c.samples; ++sample) {
+        double sum = 0;
+        for (int64_t i = sample / of_row * of_row; i < (sample / of_row + 1) * of_row; ++i) {
+            sum += weights[i] * by_weights[i];
+        }
+        result[sample] = weights[sample] * (by_weights[sample] - sum);
+    }
+    return result;
+}
+
+// The logits' part of what lies side by side for every query; its offsets must be numbers too.
+std::vector<float> logits_of(const Case& c, const float* projected) {
+    const int64_t all = c.dims.heads * c.dims.levels * c.dims.points;
+    std::vector<float> result(c.samples);
+    for (int64_t sample = 0; sample < c.samples; ++sample) {
+        const float* query = projected + sample / all * 3 * all;
+        const bool has_offsets =
+            std::isfinite(query[2 * (sample % all)]) && std::isfinite(query[2 * (sample % all) + 1]);
+        result[sample] = has_offsets ? query[2 * all + sample % all] : NAN;
+    }
+    return result;
+}
+
 void check_kernels(const Case& c) {
     const ddetr_msda_dims& n = c.dims;
     const Definition d = define(c, c.xy.get(), c.weights.get());
@@ -216,6 +244,16 @@ void check_kernels(const Case& c) {
                "backward returns 0");
         compare(d.grad_value, grad_value.get(), "the gradient of the value equals the definition");
         compare(d.grad_weights, grad_weights.get(), "the gradient of the weights equals the definition");
+        grad_value.reset(new float[c.values]());
+        const auto grad_projected = poisoned(c.dims.queries * n.batch * row);
+        expect(ddetr_msda_fused_backward_cuda(&n, DDETR_DTYPE_F32, c.level_hw.data(), c.grad_output.get(),
+                                              c.value.get(), c.projected.get(), projected_strides, c.reference.get(),
+                                              2, grad_value.get(), grad_projected.get(), kernels, 0, nullptr) == 0,
+               "fused backward returns 0");
+        compare(fused.grad_value, grad_value.get(),
+                "the gradient of the value of the fused form is the definition's");
+        compare(by_logits(c, weights, fused.grad_weights), logits_of(c, grad_projected.get()).data(),
+                "the gradient of the logits equals the definition");
         const int64_t bytes = ddetr_msda_backward_sorted_bytes(&n, DDETR_DTYPE_F32, c.level_hw.data());
         std::unique_ptr<char[]> workspace(new char[bytes]);
         grad_value = poisoned(c.values), grad_weights = poisoned(c.samples);

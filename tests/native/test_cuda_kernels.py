@@ -60,9 +60,11 @@ def test_no_thread_touches_a_byte_that_is_not_its_callers(repository: Path, tmp_
     ("file", "right", "wrong", "complaint"),
     [
         ("msda_cuda_backward.cu", "cell.line + 1 < height", "cell.line < height", "heap-buffer-overflow"),
+        ("msda_cuda.cuh", "* 3 * dims.heads", "* 4 * dims.heads", "heap-buffer-overflow"),
+        ("msda_cuda.cuh", "return logits_of(dims, b, q, m)[i] = weight * by_weight", "return 0", "FAILED"),
         ("msda_cuda_forward.cu", "__syncwarp();  // everyone has read the batch before", "", "FAILED"),
     ],
-    ids=["a neighbour outside the map", "a barrier too few"],
+    ids=["a neighbour outside the map", "gradients too far apart", "no sum of the softmax", "a barrier too few"],
 )
 def test_a_mistake_in_a_kernel_would_be_found(
     repository: Path, tmp_path: Path, file: str, right: str, wrong: str, complaint: str
@@ -127,9 +129,9 @@ def test_the_fast_backward_adds_four_numbers_at_a_time_and_keeps_everything_in_r
     repository: Path, tmp_path: Path
 ) -> None:
     kernels = disassemble(repository, tmp_path, "msda_cuda_backward")
-    assert len(kernels) == 18  # 3 types, 3 numbers of channels, with the gradient of the value and without
+    assert len(kernels) == 27  # 3 types, 3 numbers of channels; fused, with the gradient of the value and without
     adding = {name: found for name, found in kernels.items() if number_of(found, "RED") > 0}
-    assert len(adding) == 9
+    assert len(adding) == 18
     for instructions in adding.values():
         assert number_of(instructions, "RED") == number_of(instructions, "REDG.E.ADD.F32x4")
     for instructions in kernels.values():

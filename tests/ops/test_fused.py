@@ -15,6 +15,8 @@ from ddetr_cli.ops import msda, msda_fused, reference
 # Locations are rounded in another order than by msda: 2e-6 of a pixel, where neighbours differ by some units.
 TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = list(TOLERANCES)
+# The fused backward has two kinds of kernels: the forms of "fast" differ forward alone.
+CUDA_KINDS = ("plain", "fast rows")
 
 
 class Case(Protocol):
@@ -235,16 +237,82 @@ def test_an_output_of_another_form_is_refused(device: torch.device, plain: Any, 
         msda_fused(*on(device, fused_inputs(plain)), out=out.to(device))
 
 
-@pytest.mark.parametrize("wanted", [0, 2, 3])
-def test_gradients_are_refused_in_words(device: torch.device, plain: Any, wanted: int) -> None:
+# ---- gradients ----
+
+
+# On a CPU the gradients go by way of those of msda, whatever computes these.
+OF_THEIR_OWN = [
+    "reference",
+    *(f"cuda-{name}" for name in CUDA_KINDS),
+    *(pytest.param(f"emulated-{name}", marks=pytest.mark.slow) for name in CUDA_KINDS),
+]
+
+
+@pytest.mark.parametrize("device", OF_THEIR_OWN, indirect=True)
+@pytest.mark.parametrize("numbers", [2, 4], ids=["centres", "boxes"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_equal_autograds_of_softmax_locations_and_msda(
+    device: torch.device, case: Any, dtype: torch.dtype, numbers: int
+) -> None:
+    inputs = fused_inputs(case, dtype, numbers)
+    wide = [t.double().clone().requires_grad_() if isinstance(t, Tensor) else t for t in inputs]
+    given = [t.requires_grad_() if isinstance(t, Tensor) else t for t in on(device, inputs)]
+    if numbers == 4:
+        given[2].requires_grad_(False)
+    result = msda_fused(*given)
+    grad_output = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    result.backward(grad_output.to(device))
+    wanted = reference.msda_fused(*wide)
+    if wanted.requires_grad:  # not where there is nothing to sum
+        wanted.backward(grad_output.double())
+    for one, exact in zip((given[0], given[2], given[3]), (wide[0], wide[2], wide[3]), strict=True):
+        if one.requires_grad:
+            # As the output; a location beside a pixel may fall on its other side, where the slope is another.
+            expected = torch.zeros_like(exact) if exact.grad is None else exact.grad
+            assert relative_error(one.grad.cpu(), expected) <= 4 * TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradients_of_strided_inputs_are_those_of_contiguous_ones(
+    device: torch.device, plain: Any, dtype: torch.dtype
+) -> None:
+    value, level_hw, points, projected = on(device, fused_inputs(plain, dtype))
+    wide = torch.full((*projected.shape[:2], projected.shape[2] + 7), torch.nan, device=device, dtype=projected.dtype)
+    wide[..., 3:-4] = projected
+    grad_output = torch.ones(2, 5, 16, dtype=dtype, device=device)
+    arguments = (level_hw, points)
+    wanted = torch.ops.ddetr.msda_fused_backward(grad_output, value, *arguments, projected)
+    found = torch.ops.ddetr.msda_fused_backward(
+        grad_output[:, :1].expand(-1, 5, -1), value.transpose(1, 2).contiguous().transpose(1, 2), *arguments,
+        wide[..., 3:-4],
+    )  # fmt: skip
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_a_constant_added_to_all_logits_of_a_head_has_no_gradient(device: torch.device, plain: Any) -> None:
+    value, level_hw, points, projected = on(device, fused_inputs(plain))
+    grad_output = torch.randn(2, 5, 16, dtype=torch.float64).to(device)
+    _, by_projected = torch.ops.ddetr.msda_fused_backward(grad_output, value, level_hw, points, projected)
+    by_logit = by_projected[..., 2 * by_projected.shape[2] // 3 :].reshape(2, 5, 2, -1)
+    assert by_logit.abs().max() > 0.1
+    assert by_logit.sum(-1).abs().max() <= 1e-12
+
+
+def test_no_gradient_by_boxes_and_none_with_a_given_output(device: torch.device, plain: Any) -> None:
+    value, level_hw, boxes, projected = on(device, fused_inputs(plain, numbers=4))
+    with pytest.raises(RuntimeError, match="has no gradients by boxes"):
+        msda_fused(value, level_hw, boxes.requires_grad_(), projected)
+    out = value.new_empty(2, 5, 16)
+    with pytest.raises(RuntimeError, match="has no gradients with out"):
+        msda_fused(value.requires_grad_(), level_hw, boxes.detach(), projected, out)
+
+
+@pytest.mark.parametrize("size", [(2, 5, 15), (2, 4, 16), (1, 5, 16)])
+def test_a_gradient_of_another_form_is_refused(device: torch.device, plain: Any, size: tuple[int, ...]) -> None:
     inputs = on(device, fused_inputs(plain))
-    inputs[wanted].requires_grad_()  # type: ignore[union-attr]
-    with pytest.raises(RuntimeError, match="has no gradients"):
-        msda_fused(*inputs)
-    with torch.no_grad():
-        msda_fused(*inputs)
-    with pytest.raises(RuntimeError, match="has no gradients"):
-        torch.ops.ddetr.msda_fused(*inputs).sum().backward()
+    with pytest.raises(ShapeError, match="msda_fused_backward: grad_output"):
+        torch.ops.ddetr.msda_fused_backward(inputs[0].new_zeros(size), *inputs)
 
 
 # ---- the rest of PyTorch ----
@@ -254,6 +322,8 @@ def test_gradients_are_refused_in_words(device: torch.device, plain: Any, wanted
 def test_opcheck_passes(device: torch.device, plain: Any, dtype: torch.dtype) -> None:
     inputs = on(device, fused_inputs(plain, dtype))
     torch.library.opcheck(torch.ops.ddetr.msda_fused.default, inputs)
+    grad_output = torch.ones(2, 5, 16, dtype=dtype, device=device)
+    torch.library.opcheck(torch.ops.ddetr.msda_fused_backward.default, (grad_output, *inputs))
     out = torch.zeros(2, 5, 16, dtype=dtype, device=device)
     torch.library.opcheck(torch.ops.ddetr.msda_fused.out, inputs, {"out": out})
 

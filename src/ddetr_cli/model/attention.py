@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddetr_cli.ops import msda
+from ddetr_cli.ops import msda, msda_fused, prefers_fused
 from ddetr_cli.transfer import upload
 
 
@@ -56,14 +56,28 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(memory)
         if is_padding is not None:
             value = value.masked_fill(is_padding[..., None], 0.0)
+        value = value.view(B, -1, self.heads, value.shape[-1] // self.heads)
         # 16-bit coordinates are a grid of 0.3 to 0.6 pixels: everything that decides a location stays wide.
         with torch.autocast(query.device.type, enabled=False):
             wide = query.to(self.sampling_offsets.weight.dtype)
-            weights = self.attention_weights(wide).view(B, Q, self.heads, self.levels * self.points)
-            weights = weights.softmax(-1).view(B, Q, self.heads, self.levels, self.points)
-            sampling_xy = self._locations(self.sampling_offsets(wide), reference, level_hw)
-        sampled = msda(value.view(B, -1, self.heads, value.shape[-1] // self.heads), level_hw, sampling_xy, weights)
+            is_fused = prefers_fused(query.device) and not (reference.shape[-1] == 4 and reference.requires_grad)
+            if is_fused:
+                projected = self._projected(wide)
+            else:
+                weights = self.attention_weights(wide).view(B, Q, self.heads, self.levels * self.points)
+                weights = weights.softmax(-1).view(B, Q, self.heads, self.levels, self.points)
+                sampling_xy = self._locations(self.sampling_offsets(wide), reference, level_hw)
+        if is_fused:
+            sampled = msda_fused(value, level_hw, reference.to(projected.dtype), projected)
+        else:
+            sampled = msda(value, level_hw, sampling_xy, weights)
         return self.output_proj(sampled)  # type: ignore[no-any-return]
+
+    def _projected(self, query: Tensor) -> Tensor:
+        """Offsets and logits of ``query`` (B,Q,C) side by side, (B,Q,3*M*L*P), by one product."""
+        both = self.sampling_offsets, self.attention_weights
+        weight, bias = (torch.cat([linear.get_parameter(name) for linear in both]) for name in ("weight", "bias"))
+        return F.linear(query, weight, bias)
 
     def _locations(self, offsets: Tensor, reference: Tensor, level_hw: Sequence[int]) -> Tensor:
         """Sampling locations (B,Q,M,L,P,2) from offsets (B,Q,M*L*P*2): in pixels around centres, else in box sizes.

@@ -1,7 +1,7 @@
-"""The op from what a query's projections give: softmax, locations and sampling in one pass, for inference.
+"""The op from what a query's projections give: softmax, locations and sampling in one pass.
 
-The same sums as ``msda``; the CPU kernel neither writes nor reads locations and weights, which are larger than the
-value they sample.
+The same sums as ``msda``; the kernels neither write nor read locations and weights, which are larger than the value
+they sample. Backward too on a GPU; on a CPU it goes by way of them.
 """
 
 # B batch, Q queries, S positions over all levels, M heads, L levels, P points, D channels per head
@@ -18,11 +18,15 @@ from ddetr_cli.errors import ShapeError
 from ddetr_cli.ops import native, reference
 from ddetr_cli.ops.kernels import kernels_for
 from ddetr_cli.ops.msda import check_value
+from ddetr_cli.transfer import upload
 
 _LIBRARY = torch.library.Library("ddetr", "FRAGMENT")
 _ARGUMENTS = "Tensor value, SymInt[] level_hw, Tensor reference, Tensor projected"
 _LIBRARY.define(f"msda_fused({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(f"msda_fused.out({_ARGUMENTS}, *, Tensor(a!) out) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define(
+    f"msda_fused_backward(Tensor grad_output, {_ARGUMENTS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+)
 
 
 def msda_fused(
@@ -35,13 +39,14 @@ def msda_fused(
     pixels of the level, or (B,Q,L,4), a box cxcywh that they count in: P is half its size; fractions of each map.
     projected (B,Q,3*M*L*P): offsets in the order (M,L,P,xy), then logits (M,L*P), whose softmax are the weights; a
     slice of a wider matrix will do. Both are float32, float64 for float64 values. Returns (B,Q,M*D), dtype of
-    ``value``: ``out``, contiguous, where it is given. No gradients: raises RuntimeError where they are asked for,
-    ShapeError and KernelError as ``msda``. Source: arXiv:2010.04159, section 4.1.
+    ``value``: ``out``, contiguous, where it is given. Differentiable once, but not by boxes nor with ``out``: raises
+    RuntimeError where that is asked for, ShapeError and KernelError as ``msda``. Source: arXiv:2010.04159, section
+    4.1.
     """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (value, reference, projected)):
-        raise RuntimeError("msda_fused: has no gradients. Call it under torch.inference_mode(), or use msda.")
     if out is None:
         return cast(Tensor, torch.ops.ddetr.msda_fused(value, list(level_hw), reference, projected))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (value, reference, projected)):
+        raise RuntimeError("msda_fused: has no gradients with out. Leave it out, or use torch.inference_mode().")
     torch.ops.ddetr.msda_fused.out(value, list(level_hw), reference, projected, out=out)
     return out
 
@@ -112,12 +117,41 @@ def _write_reference(
     out.copy_(_reference(value, level_hw, reference_points, projected))
 
 
+def _check_grad_output(grad_output: Tensor, value: Tensor, projected: Tensor) -> None:
+    shape = (value.shape[0], projected.shape[1], value.shape[2] * value.shape[3])
+    if grad_output.shape != shape or grad_output.dtype != value.dtype or grad_output.device != value.device:
+        raise ShapeError(
+            f"msda_fused_backward: grad_output {tuple(grad_output.shape)} {grad_output.dtype} on "
+            f"{grad_output.device} is not {shape} {value.dtype} on {value.device}."
+        )
+
+
+def _backward_native(
+    grad_output: Tensor, value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor
+) -> tuple[Tensor, Tensor]:
+    check_arguments(value, level_hw, reference_points, projected)
+    _check_grad_output(grad_output, value, projected)
+    return kernels_for(value.device).fused_backward(grad_output, value, level_hw, reference_points, projected)
+
+
+def _backward_reference(
+    grad_output: Tensor, value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor
+) -> tuple[Tensor, Tensor]:
+    check_arguments(value, level_hw, reference_points, projected)
+    _check_grad_output(grad_output, value, projected)
+    return reference.fused_backward(
+        reference.msda_backward, grad_output, value, level_hw, reference_points, projected
+    )
+
+
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("msda_fused", _native, _key)
     _LIBRARY.impl("msda_fused.out", _write_native, _key)
+    _LIBRARY.impl("msda_fused_backward", _backward_native, _key)
 # devices there are no kernels for
 _LIBRARY.impl("msda_fused", _reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("msda_fused.out", _write_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("msda_fused_backward", _backward_reference, "CompositeExplicitAutograd")
 
 
 def _fake(value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor) -> Tensor:
@@ -133,14 +167,54 @@ def _fake_out(
 
 
 torch.library.register_fake("ddetr::msda_fused", _fake, lib=_LIBRARY)
+
+
+def _fake_backward(
+    grad_output: Tensor, value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor
+) -> tuple[Tensor, Tensor]:
+    check_arguments(value, level_hw, reference_points, projected)
+    _check_grad_output(grad_output, value, projected)
+    return value.new_empty(value.shape), projected.new_empty(projected.shape)
+
+
 torch.library.register_fake("ddetr::msda_fused.out", _fake_out, lib=_LIBRARY)
+torch.library.register_fake("ddetr::msda_fused_backward", _fake_backward, lib=_LIBRARY)
 
 
-def _no_gradients(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError("msda_fused: has no gradients. Call it under torch.inference_mode(), or use msda.")
+# ---- gradients ----
 
 
-torch.library.register_autograd("ddetr::msda_fused", _no_gradients, lib=_LIBRARY)
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Sequence[int], Tensor, Tensor], output: Tensor) -> None:
+    value, level_hw, reference_points, projected = inputs
+    if ctx.needs_input_grad[2] and reference_points.shape[3] == 4:
+        raise RuntimeError("msda_fused: has no gradients by boxes. Detach them, or use msda.")
+    ctx.save_for_backward(value, reference_points, projected)
+    ctx.level_hw = level_hw
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor]:
+    value, reference_points, projected = ctx.saved_tensors
+    grad_value, grad_projected = torch.ops.ddetr.msda_fused_backward(
+        grad_output, value, ctx.level_hw, reference_points, projected
+    )
+    by_centre = None
+    if ctx.needs_input_grad[2]:
+        # All offsets of a level move with its centre, by as many pixels as the level has.
+        batch, queries, levels, _ = reference_points.shape
+        heads = value.shape[2]
+        points = projected.shape[2] // max(3 * heads * levels, 1)
+        by_offset = grad_projected[..., : 2 * heads * levels * points].view(batch, queries, heads, levels, points, 2)
+        wh = torch.tensor(ctx.level_hw, dtype=by_offset.dtype).view(levels, 2).flip(-1)
+        by_centre = by_offset.sum((2, 4)) * upload(wh, by_offset.device)
+    return grad_value, None, by_centre, grad_projected
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError("msda_fused: second derivatives are not implemented.")
+
+
+torch.library.register_autograd("ddetr::msda_fused", _backward, setup_context=_save_for_backward, lib=_LIBRARY)
+torch.library.register_autograd("ddetr::msda_fused_backward", _no_second_derivative, lib=_LIBRARY)
 
 
 def _under_autocast(value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -31,6 +32,11 @@ class Kernels(Protocol):
     ) -> None:
         """Write ``msda_fused`` of the rest into ``out``."""
 
+    def fused_backward(
+        self, grad_output: Tensor, value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of value and projections."""
+
 
 class ReferenceKernels:
     """The reference in the form of kernels."""
@@ -43,6 +49,8 @@ class ReferenceKernels:
         value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor, out: Tensor
     ) -> None:
         out.copy_(reference.msda_fused(value, level_hw, reference_points, projected))
+
+    fused_backward = staticmethod(partial(reference.fused_backward, reference.msda_backward))
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,14 @@ def kernels_for(device: torch.device) -> Kernels:
     if isinstance(chosen, KernelError):
         raise KernelError(*chosen.args)
     return chosen
+
+
+def prefers_fused(device: torch.device) -> bool:
+    """Whether the fused form is the quicker one on ``device`` when gradients are wanted, too: by the fast kernels."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    chosen = kernels_for(device)
+    return isinstance(chosen, native_cuda.CudaKernels) and chosen.kernels != "plain"
 
 
 def kernel_status() -> KernelStatus:

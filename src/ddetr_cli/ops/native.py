@@ -155,6 +155,11 @@ class CpuKernels:
         )
         return gradients[0], gradients[1], gradients[2]
 
+    def fused_backward(
+        self, grad_output: Tensor, value: Tensor, level_hw: Sequence[int], reference_points: Tensor, projected: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return reference.fused_backward(self.backward, grad_output, value, level_hw, reference_points, projected)
+
     def _check(self, status: int) -> None:
         if status != 0:
             reason = self.library.ddetr_error_string(status).decode()

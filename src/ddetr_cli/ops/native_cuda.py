@@ -10,14 +10,14 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ddetr_cli.errors import KernelError
-from ddetr_cli.ops import native
+from ddetr_cli.ops import native, reference
 from ddetr_cli.versions import CUDA_KERNELS, find_built_file
 
 _POINTER, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -34,6 +34,10 @@ PROTOTYPES: native.Prototypes = {
         [*native.PROBLEM, *[_POINTER, _STRIDES] * 2, _POINTER, _I32, _POINTER, *_PLACE],
     ),
     "ddetr_msda_backward_cuda": (_I32, [*native.PROBLEM, *[_POINTER] * 7, *_PLACE]),
+    "ddetr_msda_fused_backward_cuda": (
+        _I32,
+        [*native.PROBLEM, *[_POINTER] * 3, _STRIDES, _POINTER, _I32, *[_POINTER] * 2, *_PLACE],
+    ),
     "ddetr_msda_backward_sorted_bytes": (_I64, native.PROBLEM),
     "ddetr_msda_backward_sorted_cuda": (_I32, [*native.PROBLEM, *[_POINTER] * 8, _I64, *_PLACE]),
 }
@@ -126,6 +130,40 @@ class CudaKernels:
             )
         )
         return sums.to(value.dtype), by_place[0], by_place[1]
+
+    def fused_backward(
+        self,
+        grad_output: Tensor,
+        value: Tensor,
+        level_hw: Sequence[int],
+        reference_points: Tensor,
+        projected: Tensor,
+        *,
+        deterministic: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of value and projections; ``deterministic`` as in ``backward``."""
+        if torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic:
+            by_parts = partial(self.backward, deterministic=True)
+            return reference.fused_backward(by_parts, grad_output, value, level_hw, reference_points, projected)
+        _, queries, levels, numbers = reference_points.shape
+        grad_output, value, reference_points = (t.contiguous() for t in (grad_output, value, reference_points))
+        if projected.stride(2) != 1:
+            projected = projected.contiguous()
+        per_point = 3 * value.shape[2] * levels
+        sums = torch.zeros_like(value, dtype=projected.dtype)
+        grad_projected = torch.empty_like(projected, memory_format=torch.contiguous_format)
+        self._check(
+            self.library.ddetr_msda_fused_backward_cuda(
+                *native.problem(value, level_hw, queries, projected.shape[2] // per_point if per_point > 0 else 0),
+                *(tensor.data_ptr() for tensor in (grad_output, value, projected)),
+                native.int64_array(projected.stride()[:2]),
+                reference_points.data_ptr(),
+                numbers,
+                *(tensor.data_ptr() for tensor in (sums, grad_projected)),
+                *self._place(value),
+            )
+        )
+        return sums.to(value.dtype), grad_projected
 
     def _place(self, tensor: Tensor) -> tuple[int, int, int]:
         return KERNELS[self.kernels], *device_and_stream(tensor)

@@ -17,7 +17,7 @@ Conventions every implementation keeps:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +105,28 @@ def locate_projected(
 def msda_fused(value: Tensor, level_hw: Sequence[int], reference: Tensor, projected: Tensor) -> Tensor:
     """``msda_fused`` in plain PyTorch operations. Shapes as there."""
     return msda_forward(value, level_hw, *locate_projected(level_hw, reference, projected, value.shape[2]))
+
+
+def fused_backward(
+    backward: Callable[[Tensor, Tensor, Sequence[int], Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    grad_output: Tensor,
+    value: Tensor,
+    level_hw: Sequence[int],
+    reference: Tensor,
+    projected: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of value and projections of ``msda_fused``, by way of ``backward`` of locations and weights."""
+    xy, weights = locate_projected(level_hw, reference, projected, value.shape[2])
+    grad_value, grad_xy, grad_weights = backward(grad_output, value, level_hw, xy, weights)
+    levels, points = weights.shape[3:]
+    if reference.shape[3] == 2:
+        hw = torch.tensor(level_hw, dtype=xy.dtype, device=xy.device).view(levels, 2)
+        grad_offsets = grad_xy / hw.flip(-1)[:, None, :]
+    else:
+        grad_offsets = grad_xy / max(points, 1) * reference[:, :, None, :, None, 2:] * 0.5
+    shares = weights * grad_weights
+    grad_logits = shares - weights * shares.sum((3, 4), keepdim=True)
+    return grad_value, torch.cat([grad_offsets.flatten(2), grad_logits.flatten(2)], dim=2)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ LEVEL_HW = [5, 7, 2, 3]
 _TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 _RESULTS = ("output", "gradient of the value", "gradient of the locations", "gradient of the weights")
 _FUSED_RESULT = "output of the fused form"
+_FUSED_GRADIENTS = ("gradient of the value of the fused form", "gradient of the projections")
 _FAST_FORMS = ("fast rows", "fast warps")
 
 
@@ -69,6 +70,9 @@ def _check(
     centres = torch.rand(2, Q, 2, 2, generator=generator, dtype=real)
     projected = normal(2, Q, 48)
     gradients = reference.msda_backward(grad_output, value, LEVEL_HW, sampling_xy, weights)
+    fused_gradients = reference.fused_backward(
+        reference.msda_backward, grad_output, value, LEVEL_HW, centres, projected
+    )
     expected = {
         _RESULTS: (reference.msda_forward(value, LEVEL_HW, sampling_xy, weights), *gradients),
         (_FUSED_RESULT,): (reference.msda_fused(value, LEVEL_HW, centres, projected),),
@@ -85,6 +89,8 @@ def _check(
         in_order = kernels.backward(grad_output, *inputs, deterministic=True)
         names = tuple(f"{name}, deterministic," for name in _RESULTS[1:])
         pairs.append(((names, gradients), in_order))
+        found = kernels.fused_backward(grad_output, value, LEVEL_HW, centres, projected, deterministic=False)
+        pairs.append(((_FUSED_GRADIENTS, fused_gradients), found))
     for (names, wanted), results in pairs:
         for name, one, other in zip(names, wanted, results, strict=True):
             error = ((other.cpu() - one).abs().max() / one.abs().max().clamp_min(1)).item()
