@@ -15,16 +15,30 @@ ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
+AMX = [*ISAS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+ENGINES = {
+    "f32_avx2": ISAS["avx2"],
+    "f32_avx512": ISAS["avx512"],
+    "bf16_avx512": [*ISAS["avx512"], "-mavx512bf16", "-DDDETR_ENGINE_BF16"],
+    "bf16_amx": [*AMX, "-DDDETR_ENGINE_AMX"],
+    "f32_amx": [*AMX, "-DDDETR_ENGINE_SPLIT"],
+}
 FLAGS = ["-std=gnu++17", "-g", "-O1", "-fPIC", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno"]
 
 
 def build_driver(
-    repository: Path, folder: Path, flags: list[str], *, portable_only: bool = False, compiler: str | None = None
+    repository: Path,
+    folder: Path,
+    flags: list[str],
+    *,
+    name: str = "driver",
+    portable_only: bool = False,
+    compiler: str | None = None,
 ) -> Path:
     compiler = compiler or shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    source, driver = repository / "csrc", folder / "driver"
+    source, driver = repository / "csrc", folder / name
     command = [compiler, *FLAGS, *flags, f"-I{source / 'include'}"]
     objects, jobs = [], []
 
@@ -40,11 +54,17 @@ def build_driver(
             compile_(
                 f"{isa}.o", *isa_flags, f"-DDDETR_KERNELS=ddetr_kernels_{isa}", str(source / "msda_cpu_kernels.cpp")
             )
-    compile_("abi.o", *(["-DDDETR_HAVE_X86_ISAS"] if is_x86 else []), str(source / "msda_cpu.cpp"))
-    if not is_x86:
-        compile_("dense.o", str(source / "dense_cpu.cpp"))  # says that it has no engine
+    has_isas = ["-DDDETR_HAVE_X86_ISAS"] if is_x86 else []
+    compile_("abi.o", *has_isas, str(source / "msda_cpu.cpp"))
     compile_("status.o", str(source / "status.cpp"))
-    compile_("driver.o", str(repository / "tests/native/driver.cpp"))
+    compile_("driver.o", str(repository / f"tests/native/{name}.cpp"))
+    if name == "dense_driver" or not is_x86:  # elsewhere the op's driver asks for the engines too: there are none
+        has_amx = is_x86 and _takes(compiler, AMX)
+        compile_("dense.o", *has_isas, *(["-DDDETR_HAVE_AMX"] if has_amx else []), str(source / "dense_cpu.cpp"))
+        for engine, engine_flags in ENGINES.items() if is_x86 else ():
+            if has_amx or engine in ("f32_avx2", "f32_avx512"):
+                kernels = f"-DDDETR_DENSE_KERNELS=ddetr_dense_{engine}"
+                compile_(f"dense_{engine}.o", *engine_flags, kernels, str(source / "dense_cpu_kernels.cpp"))
     for job in jobs:
         _, errors = job.communicate()
         if "cannot find" in errors or "unrecognized" in errors:
@@ -55,6 +75,11 @@ def build_driver(
         pytest.skip(f"this compiler has no {' '.join(flags)}: {linked.stderr[:200]}")
     assert linked.returncode == 0, linked.stderr
     return driver
+
+
+def _takes(compiler: str, flags: list[str]) -> bool:
+    empty = ["-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run([compiler, *flags, *empty], capture_output=True).returncode == 0
 
 
 def run_driver(*command: str | Path, **environment: str) -> None:
@@ -88,6 +113,33 @@ def test_the_driver_is_clean_under_address_and_undefined_behaviour_sanitizers(
 def test_the_driver_is_clean_under_the_thread_sanitizer(repository: Path, tmp_path: Path) -> None:
     # its shadow memory multiplies the address space that the test of large indices takes
     run_driver(build_driver(repository, tmp_path, ["-fsanitize=thread"]), "--no-large", TSAN_OPTIONS="exitcode=66")
+
+
+@pytest.mark.slow
+def test_the_dense_layers_are_clean_under_address_and_undefined_behaviour_sanitizers(
+    repository: Path, tmp_path: Path
+) -> None:
+    sanitize = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+    run_driver(build_driver(repository, tmp_path, sanitize, name="dense_driver"))
+
+
+@pytest.mark.slow
+def test_the_dense_driver_would_notice_a_pixel_too_many(repository: Path, tmp_path: Path) -> None:
+    """The same driver on a library that copies one pixel too many of every line: the run above can fail."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("no dense layers for this processor")
+    broken = tmp_path / "repository"
+    shutil.copytree(repository / "csrc", broken / "csrc")
+    shutil.copytree(repository / "tests/native", broken / "tests/native")
+    rows = broken / "csrc/dense_cpu_maps.h"
+    text = rows.read_text(encoding="utf-8")
+    marker = "x < job.width; ++x) {\n        for (int64_t c = 0; c < 3; ++c)"
+    assert marker in text
+    rows.write_text(text.replace(marker, marker.replace("x < job", "x <= job")), encoding="utf-8")
+    driver = build_driver(broken, tmp_path, ["-fsanitize=address"], name="dense_driver")
+    result = subprocess.run([str(driver)], capture_output=True, text=True, timeout=600)
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
 
 
 @pytest.mark.slow
