@@ -53,11 +53,6 @@ class Speed:
     joules: Samples | None
 
     @property
-    def rates(self) -> Samples:
-        """Images per second at batch 1."""
-        return Samples(tuple(1 / seconds for seconds in self.times.values))
-
-    @property
     def best_rate(self) -> float:
         """Images per second at the best batch."""
         return self.best_batch / self.best_times.median
@@ -206,9 +201,9 @@ def _system_cells(row: CardRow, size_hw: tuple[int, int], *, is_scored: bool) ->
     cells.append("" if published is None else f"{published.flops / 1e9:.0f}")
     cells.append("" if difference is None else f"{difference:+.1%}")
     for speed in row.speeds:
-        low, high = speed.rates.quartiles
+        slow, middle, fast = (1 / s for s in (speed.times.quartiles[1], speed.times.median, speed.times.quartiles[0]))
         # With auto systems compute in different precisions, so each figure says its own.
-        cells.append(f"{speed.rates.median:.3g} ({low:.3g}-{high:.3g}) {speed.precision}")
+        cells.append(f"{middle:.3g} ({slow:.3g}-{fast:.3g}) {speed.precision}")
     cells.append(" / ".join(dict.fromkeys(_path(speed) for speed in row.speeds)))
     if row.training is not None:
         cells.append(f"{row.training.hours:,.0f} here, {row.training.precision}")
