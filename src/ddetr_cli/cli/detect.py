@@ -167,7 +167,7 @@ def detect(
         typer.Option(
             "--draft/--no-draft",
             help="Decode large JPEGs at half, a quarter or an eighth of their size, still well above what the model "
-            "sees. It moves results less than 16 bits do.",
+            "sees. It moves results about as little as 16 bits do.",
             show_default="on, but with fp32 off",
         ),
     ] = None,
