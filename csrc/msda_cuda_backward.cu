@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, Gradients::kBlocks)
                 height = levels.height[level];
                 width = levels.width[level];
                 cell = source.cell(row, i, level, height, width, points);
-                weight = source.weight(row, i);
+                if (cell.is_used) weight = source.weight(row, i);  // else not even a NaN matters
                 corners =
                     corners_or_none(cell, weight, height, width, static_cast<int32_t>(levels.start[level]), stride);
             }

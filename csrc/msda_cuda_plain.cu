@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
             const int32_t height = levels.height[level], width = levels.width[level];
             for (int64_t i = level * dims.points; i < (level + 1) * dims.points; ++i) {
                 const Cell<Real> cell = source.cell(own, i, level, height, width, dims.points);
-                const Real weight = source.weight(own, i);
+                const Real weight = cell.is_used ? source.weight(own, i) : 0;  // not even a NaN matters
                 Real by_weight = 0, by_x = 0, by_y = 0;
                 if (cell.is_used) {
                     Real dots[4] = {0, 0, 0, 0};
