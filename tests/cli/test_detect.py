@@ -533,6 +533,11 @@ def test_in_16_bits_large_jpegs_are_decoded_reduced_whatever_is_written_unless_a
         assert annotated.size == (640, 480)
 
 
+def test_draft_is_refused_where_every_pixel_is_needed(model: str, photos: Path, tmp_path: Path) -> None:
+    assert detect(model, photos, "-o", tmp_path / "out", "-q", "--draft", "--tiles", 64) == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_draft_changes_nothing_for_pictures_that_are_small_or_no_jpegs(
     model: str, photos: Path, tmp_path: Path
 ) -> None:

@@ -167,7 +167,7 @@ def detect(
         typer.Option(
             "--draft/--no-draft",
             help="Decode large JPEGs at half, a quarter or an eighth of their size, still well above what the model "
-            "sees. It moves results about as little as 16 bits do.",
+            "sees. It moves boxes by less than a pixel of the photograph, about as far as 16 bits do or twice that.",
             show_default="on, but with fp32 off",
         ),
     ] = None,
@@ -289,6 +289,8 @@ def detect(
         report = Report(loaded.classes, inputs, quiet=quiet, verbose=verbose)
         if verbose:
             report.say_details(loaded)
+        if draft and predictor.prepare.reducible_to is None:
+            raise UsageError("--draft: not with --tiles, nor for Faster R-CNN (they need every pixel). Leave it out.")
         draft = predictor.tolerates_draft if draft is None else draft
         info = _info(loaded, predictor, selection, draft=draft)
         options = {name: value for name, value in info.items() if name not in ("description", "model")}
