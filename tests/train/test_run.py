@@ -147,6 +147,33 @@ def test_a_loss_that_stays_not_finite_ends_the_run_with_both_states_kept(
     assert digest(kept[0].tensors) == digest(kept[1].tensors)
 
 
+@pytest.mark.parametrize(("save_every", "newest"), [(10, 8), (0, 9)])
+def test_a_run_whose_last_step_is_found_to_diverge_late_does_not_end_well(
+    save_every: float,
+    newest: int,
+    small_options: Options,
+    watcher: type[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls, ordinary = itertools.count(), loop.Criterion.__call__
+
+    def not_finite(self: Any, *args: Any, **more: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        total, terms = ordinary(self, *args, **more)
+        return (total if next(calls) < 4 else total * float("nan")), terms
+
+    monkeypatch.setattr(loop.Criterion, "__call__", not_finite)
+    monkeypatch.setattr(loop.Trainer, "is_late", property(lambda _: True, lambda *_: None), raising=False)
+    run, progress = tmp_path / "run", watcher()
+    with pytest.raises(DivergedError, match=r"10 steps in a row.*step-000000.*diverged\.safetensors") as caught:
+        run_training(small_options(run, epochs=7, eval_every=7, save_every=save_every), progress)
+    assert caught.value.exit_code == 9
+    assert [row["skipped_steps"] for row in progress.rows] == [0, 0, 2, 2, 2, 2]
+    kept = [read_snapshot(path) for path in (max((run / "checkpoints").iterdir()), run / "diverged.safetensors")]
+    assert [snapshot.facts["bad_in_a_row"] for snapshot in kept] == [newest, 10]
+    assert digest(kept[0].tensors) == digest(kept[1].tensors)
+
+
 def test_out_of_memory_names_what_helps_and_keeps_the_checkpoint(
     small_options: Options, watcher: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -237,3 +237,17 @@ def test_a_run_that_diverges_ends_when_the_next_step_has_begun(monkeypatch: pyte
         trainer.step([_batch()])
     assert (trainer.bad_in_a_row, trainer.steps_done) == (MAX_BAD_STEPS, MAX_BAD_STEPS)
     assert all(bool(tensor.isfinite().all()) for tensor in trainer.model.state_dict().values())
+
+
+def test_a_run_that_diverges_with_its_last_step_ends_when_that_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer("r50", CPU, monkeypatch)
+    trainer.is_late = True
+    bad = _batch()
+    bad.pixels.fill_(math.nan)
+    for _ in range(MAX_BAD_STEPS):
+        trainer.step([bad])
+    with pytest.raises(DivergedError, match="not finite for 10 steps in a row"):
+        trainer.settle()
+    assert (trainer.bad_in_a_row, trainer.steps_done) == (MAX_BAD_STEPS, MAX_BAD_STEPS)
+    assert trainer.is_between_steps
+    trainer.settle()  # told once: what is left of the run can still be saved

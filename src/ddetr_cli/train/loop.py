@@ -149,7 +149,7 @@ class Trainer:
 
         ``num_boxes`` is what the losses are divided by: the objects of the whole step, the mean over processes. A
         step whose loss or gradient is not finite, or that fails, changes nothing; raises DivergedError after
-        ``MAX_BAD_STEPS`` of the former in a row, on a GPU when the next step has begun.
+        ``MAX_BAD_STEPS`` of the former in a row, on a GPU when the next step has begun or by ``settle``.
         """
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
@@ -160,9 +160,7 @@ class Trainer:
         with self._statistics_kept():
             names, values, waited = self._gradients(parts, num_boxes)
             # The matching has waited for all that the step before gave the device to do.
-            if self._unsettled is not None:
-                self._settle(self._statistics_before)
-                self._check()
+            self._settle(self._statistics_before)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm).detach()
             self.ranks.mean_(values)
         # The norm is that of the averaged gradient: all processes are of one mind.
@@ -180,11 +178,10 @@ class Trainer:
         result = self._unsettled = StepResult(names, numbers, waited)
         if not self.is_late:
             self.settle()
-            self._check()
         return result
 
     def settle(self) -> None:
-        """Wait for the newest step and take into account how it went."""
+        """Wait for the newest step and take into account how it went. Raises DivergedError, as ``step``, once."""
         self._settle({})
 
     def _settle(self, statistics: Mapping[str, Tensor]) -> None:
@@ -198,8 +195,6 @@ class Trainer:
             self.is_between_steps = False
             self.average.update({**self.model.state_dict(), **statistics})
             self.is_between_steps = True
-
-    def _check(self) -> None:
         if self.bad_in_a_row >= MAX_BAD_STEPS:
             raise DivergedError(
                 f"training: the loss or its gradient was not finite for {MAX_BAD_STEPS} steps in a row. "
