@@ -158,10 +158,21 @@ def test_rows_that_are_not_finite_are_dropped_and_counted(loaded: LoadedModel) -
     assert found.boxes_xyxy_px.isfinite().all()
 
 
-def test_running_out_of_memory_halves_the_batch_and_says_so_once(loaded: LoadedModel) -> None:
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError(),
+    RuntimeError("... can't allocate memory: you tried"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    torch.AcceleratorError("CUDA error: out of memory\nCompile with ..."),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_running_out_of_memory_halves_the_batch_and_says_so_once(loaded: LoadedModel, error: Exception) -> None:
     def at_most_two(pixels: torch.Tensor) -> None:
         if len(pixels) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
     model = Recorder(at_most_two)
     notices: list[str] = []
@@ -177,14 +188,7 @@ def test_running_out_of_memory_halves_the_batch_and_says_so_once(loaded: LoadedM
     assert len(set(firsts)) == 8
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("... can't allocate memory: you tried"),
-    ],
-)
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_an_image_too_large_even_alone_fails_by_itself(loaded: LoadedModel, error: Exception) -> None:
     def not_wide(pixels: torch.Tensor) -> None:
         if pixels.shape[3] > 64:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from ddetr_cli.presets import ModelConfig
 
 _DEVICE_FAILURE = re.compile(r"(CUDA|cuDNN|HIP) error: ")
+# As cuBLAS and cuDNN, the driver, and the allocator of the CPU say it.
+_OUT_OF_MEMORY = ("_ALLOC_FAILED", "error: out of memory", "can't allocate memory")
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -175,12 +177,13 @@ class Predictor:
         except (torch.OutOfMemoryError, MemoryError):
             pass
         except RuntimeError as error:
-            # cuBLAS and cuDNN fail with a plain RuntimeError.
-            if isinstance(error, torch.AcceleratorError) or _DEVICE_FAILURE.match(str(error)):
+            # cuBLAS and cuDNN fail with a plain RuntimeError, for lack of memory too.
+            is_memory = any(sign in str(error) for sign in _OUT_OF_MEMORY)
+            if not is_memory and (isinstance(error, torch.AcceleratorError) or _DEVICE_FAILURE.match(str(error))):
                 # An illegal access poisons the context: every later call on the device would fail too.
                 why = str(error).strip().splitlines()[0]
                 raise DeviceError(f"device {self.device}: failed ({why}). Run again, or use --device cpu.") from error
-            if "can't allocate memory" not in str(error):  # how the CPU allocator says it
+            if not is_memory:
                 raise
         # Outside the except clauses: the exception's traceback would keep the failed run's tensors alive.
         if self.device.type == "cuda":
