@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,33 +117,50 @@ def match(stages: Sequence[Stage], cost: MatchCost) -> Matching:
 
     A cost that is not finite counts as the worst, so that a diverging step still matches, and is warned of.
     """
-    parts = [part.flatten() for stage in stages for part in _costs(stage, cost)]
+    costs = [_costs(stage, cost) for stage in stages]
     start = time.perf_counter()
-    host = torch.cat(parts).cpu().numpy()
+    host = torch.cat([part.flatten() for parts in costs for part in parts]).cpu().numpy()
     waited = time.perf_counter() - start
     pairs, first, is_finite = [], 0, True
-    for stage in stages:
-        N, _, Q, _ = stage.logits.shape
-        found: list[list[NDArray[np.int64]]] = [[] for _ in range(N)]
-        T = stage.objects.labels.shape[1]
-        for images in _portions(stage):
-            size = N * len(images) * T * Q
-            block = host[first : first + size].reshape(N, len(images), T, Q)
-            first += size
-            for n in range(N):
-                for of_image, b in zip(block[n], images, strict=True):
-                    count = stage.objects.counts[b]
-                    costs = of_image[:count]
-                    if not np.isfinite(costs).all():
-                        is_finite = False
-                        costs = np.nan_to_num(costs, nan=_WORST, posinf=_WORST, neginf=_WORST)
-                    objects, queries = linear_sum_assignment(np.tile(costs, (stage.copies, 1)))
-                    layer, image = np.full_like(queries, n), np.full_like(queries, b)
-                    found[n].append(np.stack((layer, image, queries, objects % max(count, 1))))
+    for stage, parts in zip(stages, costs, strict=True):
+        size = sum(part.numel() for part in parts)
+        found: list[list[NDArray[np.int64]]] = [[] for _ in range(len(stage.logits))]
+        for layer, image, of_image in _each_image(stage, host[first : first + size]):
+            if not np.isfinite(of_image).all():
+                is_finite = False
+                of_image = np.nan_to_num(of_image, nan=_WORST, posinf=_WORST, neginf=_WORST)
+            queries, objects = _assign(of_image, stage.copies)
+            place = np.full_like(queries, layer), np.full_like(queries, image)
+            found[layer].append(np.stack((*place, queries, objects)))
         pairs.append(torch.from_numpy(np.stack([np.concatenate(rows, axis=1) for rows in found], axis=1)))
+        first += size
     if not is_finite:
         _warn(stages)
     return Matching(pairs, waited)
+
+
+def _each_image(
+    stage: Stage, costs: NDArray[np.floating[Any]]
+) -> Iterator[tuple[int, int, NDArray[np.floating[Any]]]]:
+    """Layer, image and costs (T,Q) of the image's own T objects, from what ``_costs`` gave of ``stage``, flat."""
+    N, _, Q, _ = stage.logits.shape
+    T, first = stage.objects.labels.shape[1], 0
+    for images in _portions(stage):
+        size = N * len(images) * T * Q
+        block = costs[first : first + size].reshape(N, len(images), T, Q)
+        first += size
+        for layer, of_layer in enumerate(block):
+            for image, of_image in zip(images, of_layer, strict=True):
+                yield layer, image, of_image[: stage.objects.counts[image]]
+
+
+def _assign(costs: NDArray[np.floating[Any]], copies: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Queries and objects of the cheapest pairs by ``costs`` (T,Q), of each object up to ``copies``.
+
+    The rows are repeated as a whole, so that row r of what is assigned is object r modulo T.
+    """
+    rows, queries = linear_sum_assignment(np.tile(costs, (copies, 1)))
+    return queries, rows % max(len(costs), 1)
 
 
 def _warn(stages: Sequence[Stage]) -> None:
