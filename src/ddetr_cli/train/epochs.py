@@ -7,8 +7,7 @@ import shutil
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -266,7 +265,7 @@ class Epochs:
             row["unreadable_images"] = len(state.unreadable)
         results: tuple[ImageResult, ...] = ()
         start = time.perf_counter()
-        with self._averaged():
+        with self.trainer.evaluation():
             if epoch == self.recipe.epochs or epoch % self.options.eval_every == 0:
                 found = validate(
                     InMemoryModel(self.model, self.model.config, self.classes),
@@ -301,21 +300,6 @@ class Epochs:
             self._save_model(BEST, epoch)
         else:
             self.state.validations_since_best += 1
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The model in evaluation mode, with its averaged weights where there are any, for the block."""
-        average = self.trainer.average
-        own = None
-        if average is not None:
-            own = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-            self.model.load_state_dict(average.state)
-        self.model.eval()
-        try:
-            yield
-        finally:
-            if own is not None:
-                self.model.load_state_dict(own)
 
     def _save_model(self, name: str, epoch: int) -> None:
         if self.ranks.is_main:

@@ -144,6 +144,20 @@ class Trainer:
         for norm in self._frozen_norms:
             norm.eval()
 
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """The model in evaluation mode, with its averaged weights where there are any, for the block."""
+        own = None
+        if self.average is not None:
+            own = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            self.model.load_state_dict(self.average.state)
+        self.model.eval()
+        try:
+            yield
+        finally:
+            if own is not None:
+                self.model.load_state_dict(own)
+
     def step(self, parts: Sequence[Batch], *, factor: float = 1.0, num_boxes: float | None = None) -> StepResult:
         """Learn from ``parts``, one pass each, at ``factor`` times the rates.
 
