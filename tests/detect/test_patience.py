@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
+import time
 import weakref
 
 import pytest
 
+from ddetr_cli.detect import patience
 from ddetr_cli.detect.patience import call_within
 from ddetr_cli.errors import ImageError
 
@@ -38,6 +41,30 @@ def test_a_run_that_is_to_stop_does_not_wait_for_the_limit() -> None:
     release = threading.Event()
     with pytest.raises(TimeoutError):
         call_within(86_400, release.wait, should_stop=lambda: True)
+    release.set()
+
+
+def test_the_time_is_that_without_progress() -> None:
+    steps: list[int] = []
+
+    def work() -> int:
+        for step in range(20):
+            time.sleep(0.05)
+            steps.append(step)
+        return len(steps)
+
+    assert call_within(0.5, work, progress=lambda: len(steps)) == 20
+    release = threading.Event()
+    with pytest.raises(TimeoutError):
+        call_within(0.05, release.wait, progress=lambda: len(steps))
+    release.set()
+
+
+def test_progress_does_not_hold_up_a_run_that_is_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "_GRACE", 0.2)
+    release, looks = threading.Event(), itertools.count()
+    with pytest.raises(TimeoutError):
+        call_within(86_400, release.wait, should_stop=lambda: True, progress=lambda: next(looks))
     release.set()
 
 

@@ -11,18 +11,22 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-READ_TIMEOUT = 300  # s; no picture that is accepted takes nearly as long
+READ_TIMEOUT = 300  # s without progress; no picture that is accepted takes nearly as long, a way into a video may
 _GRACE = 5  # s that are left when the run is to stop
 _LOOK = 0.5  # s between two looks whether it is
 
 
 def call_within(
-    seconds: float, function: Callable[[], Result], *, should_stop: Callable[[], bool] = lambda: False
+    seconds: float,
+    function: Callable[[], Result],
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[], int] = lambda: 0,
 ) -> Result:
     """What ``function`` gives or raises; TimeoutError where that takes longer, or soon after ``should_stop`` says so.
 
-    0 waits without end. It runs on a thread of its own, which after a TimeoutError is left to itself: the end of the
-    process ends it too.
+    The time begins anew whenever ``progress`` has changed. 0 waits without end. It runs on a thread of its own, which
+    after a TimeoutError is left to itself: the end of the process ends it too.
     """
     if not seconds:
         return function()
@@ -40,11 +44,13 @@ def call_within(
         thread.start()
     except RuntimeError:  # the system gives no more threads (ulimit -u)
         return function()
-    end, is_stopping = time.monotonic() + seconds, False
+    end, is_stopping, seen = time.monotonic() + seconds, False, progress()
     while thread.is_alive() and (left := end - time.monotonic()) > 0:
         thread.join(min(left, _LOOK))
         if not is_stopping and should_stop():
             is_stopping, end = True, min(end, time.monotonic() + _GRACE)
+        if not is_stopping and (now := progress()) != seen:
+            end, seen = time.monotonic() + seconds, now
     if not outcome:
         raise TimeoutError
     result, error = outcome.pop()

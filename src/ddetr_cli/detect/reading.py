@@ -52,6 +52,7 @@ def read_input(
     """The picture of an input, wherever it comes from, as ``read_picture`` gives it. Raises ImageError.
 
     One that takes longer than ``read_timeout`` seconds is given up, unless that is 0; a thread stays behind with it.
+    Of a video that is the time without another frame: those before the one that is asked for are decoded too.
     When ``should_stop`` says so there are only some seconds left.
     """
 
@@ -68,8 +69,11 @@ def read_input(
             allow_truncated=allow_truncated,
         )
 
+    def progress() -> int:
+        return item.origin.video.decoded if isinstance(item.origin, Frame) else 0
+
     try:
-        return call_within(read_timeout, read, should_stop=should_stop)
+        return call_within(read_timeout, read, should_stop=should_stop, progress=progress)
     except TimeoutError as error:
         within = "before the run was stopped" if should_stop() else f"within {read_timeout:g} s"
         raise ImageError(

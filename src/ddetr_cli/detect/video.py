@@ -42,6 +42,7 @@ class Video:
 
     def __init__(self, path: Path, every: int = 1) -> None:
         self.path = path
+        self.decoded = 0  # frames so far, those decoded again too: whether a long way to a frame goes on
         self._every = every
         self._last: int | None = None
         self._lock = threading.Lock()
@@ -100,6 +101,7 @@ class Video:
         while True:
             found = next(self._frames)
             self._next += 1
+            self.decoded += 1
             if self._next - 1 == number:
                 if number == self._last:
                     self._frames = None
