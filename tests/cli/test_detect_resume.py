@@ -329,7 +329,12 @@ HANG = (
 
 
 @pytest.mark.slow
-def test_a_signal_ends_a_run_that_waits_for_a_disk_that_is_gone(model: str, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_signal_ends_a_run_that_waits_for_a_disk_that_is_gone(
+    model: str, photos: Path, tmp_path: Path, is_last: bool
+) -> None:
+    if is_last:
+        next(photos.rglob("c.tif")).unlink()
     os.mkfifo(tmp_path / "pipe")
     output = tmp_path / "out"
     arguments = ["detect", str(photos), "-m", model, "--device", "cpu", "--format", "coco", "-o", str(output)]
@@ -345,9 +350,15 @@ def test_a_signal_ends_a_run_that_waits_for_a_disk_that_is_gone(model: str, phot
     finally:
         process.kill()
     assert process.returncode == 143
-    assert "b.png: not read before the run was stopped (its disk or server does not answer)" in err
+    count = 2 if is_last else 3
+    assert f"failed 0, skipped 0, not reached {count - 1}" in err
     images = json.loads((output / "images.json").read_text())["images"]
-    assert ["failed" in image for image in images] == [False, True, True]
+    assert ["failed" in image for image in images] == [False, True, True][:count]
+    assert "not read before the run was stopped (its disk or server does not answer)" in images[1]["failed"]
+    assert states(output)[0] == "stopped"
+    assert main([*arguments, "--resume", "--skip-failed", "-q"]) == 0
+    assert main([*arguments[:-1], str(tmp_path / "straight"), "-q"]) == 0
+    assert results_in(output) == results_in(tmp_path / "straight")
 
 
 @pytest.mark.slow

@@ -270,12 +270,13 @@ class Journal:
 
 
 def result_line(position: int, result: ImageResult) -> bytes:
-    """One line of JSON from which ``result_from`` makes the same result; only the time it took is left out."""
+    """One line of JSON from which ``result_from`` makes the same result; left out is how the run went."""
     row: dict[str, Any] = {"position": position, "failed": result.failure is not None}
     row |= {"path": str(result.input.path), "name": result.input.name}
     if result.input.origin is not None:
         row["origin"] = _origin_row(result.input.origin)
-    row |= {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in ("input", "seconds")}
+    left_out = ("input", "seconds", "is_reached")
+    row |= {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in left_out}
     return _line(row)
 
 

@@ -31,6 +31,14 @@ _BATCHES_PER_WINDOW = 4
 WINDOW_BYTES = 800_000_000
 
 
+# Why an input failed that was not reached.
+STOPPED = "not processed (the run was stopped)."
+
+
+class NotReachedError(ImageError):
+    """A picture that was not read to its end before the run was stopped."""
+
+
 class Numbered(NamedTuple):
     """An input with its position among all of them and the id it has in the results."""
 
@@ -53,7 +61,7 @@ def read_input(
 
     One that takes longer than ``read_timeout`` seconds is given up, unless that is 0; a thread stays behind with it.
     Of a video that is the time without another frame: those before the one that is asked for are decoded too.
-    When ``should_stop`` says so there are only some seconds left.
+    When ``should_stop`` says so there are only some seconds left; then it is NotReachedError that is raised.
     """
 
     def read() -> Picture:
@@ -75,9 +83,13 @@ def read_input(
     try:
         return call_within(read_timeout, read, should_stop=should_stop, progress=progress)
     except TimeoutError as error:
-        within = "before the run was stopped" if should_stop() else f"within {read_timeout:g} s"
+        if should_stop():
+            raise NotReachedError(
+                f"{item.where}: not read before the run was stopped (its disk or server does not answer). "
+                "Try again with --resume."
+            ) from error
         raise ImageError(
-            f"{item.where}: not read {within} (its disk or server does not answer). "
+            f"{item.where}: not read within {read_timeout:g} s (its disk or server does not answer). "
             "Try again with --resume, or give --read-timeout more."
         ) from error
 
@@ -97,6 +109,7 @@ class Read:
     picture: Image.Image | None = None
     failure: str | None = None
     is_truncated: bool = False
+    is_reached: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +154,7 @@ class Reader:
             read.picture = (picture.whole or picture.image) if self.keeps_pictures else None
         except ImageError as error:
             # The reason alone, without the path in front: files that quote it name the path themselves.
-            read.failure = str(error)
+            read.failure, read.is_reached = str(error), not isinstance(error, NotReachedError)
             for prefix in (item.where, str(item.path), str(item.path.parent)):
                 read.failure = read.failure.removeprefix(f"{prefix}: ")
         except MemoryError:

@@ -28,6 +28,7 @@ class ImageResult:
     failure: str | None = None
     truncated: bool = False  # the file breaks off; the end of the picture is made up
     seconds: float = 0.0  # this image's share of the model's time
+    is_reached: bool = True  # False where the run was stopped while it was read; then it has a failure
 
 
 class Sink(Protocol):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ddetr_cli.detect.ids import assign_image_ids
-from ddetr_cli.detect.reading import WINDOW_BYTES, Numbered, Read, Reader, defect, picture_nbytes, windows
+from ddetr_cli.detect.reading import STOPPED, WINDOW_BYTES, Numbered, Read, Reader, defect, picture_nbytes, windows
 from ddetr_cli.detect.results import ImageResult, RunSummary, count_result
 from ddetr_cli.errors import DdetrError, DeviceError
 from ddetr_cli.inference.ahead import HelperPool, helper_threads
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from ddetr_cli.inference.predictor import Predictor
     from ddetr_cli.inference.preparation import Prepared
 
-_STOPPED = "not processed (the run was stopped)."
 _DIED = "the program died at this picture (a crash or a kill). Leave it out, or run without --skip-failed."
 
 
@@ -87,7 +86,7 @@ def detect_images(
         except DeviceError as error:
             device_error = error
         keeper.hand_on(left=0)
-        keeper.end(_STOPPED if device_error is None else f"not processed ({device_error})")
+        keeper.end(STOPPED if device_error is None else f"not processed ({device_error})")
         for sink in sinks:
             sink.finish()
     except BaseException:
@@ -152,6 +151,10 @@ class _Keeper:
             self._hand_on_finished()
             for sink, file in zip(self._sinks, drawn.files, strict=True):
                 sink.add(drawn.result, None if file is None else file.result())
+            if not drawn.result.is_reached:
+                self.summary.unfinished += 1
+                self._next += 1
+                continue
             if self._journal is not None:
                 self._journal.add(self._next, drawn.result)
             self._next += 1
@@ -204,7 +207,7 @@ def _predict_window(
     seconds = (time.perf_counter() - start) / max(1, len(ready))
     for read in window:
         if read.prepared is None:
-            yield ImageResult(read.item, read.image_id, failure=read.failure), None
+            yield ImageResult(read.item, read.image_id, failure=read.failure, is_reached=read.is_reached), None
             continue
         outcome = next(found)
         if isinstance(outcome, str):
