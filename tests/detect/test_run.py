@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.data.images import Picture, read_picture
+from ddetr_cli.detect import reading
 from ddetr_cli.detect.results import ImageResult, RunSummary, class_counts
 from ddetr_cli.detect.run import detect_images
 from ddetr_cli.detect.selection import Selection
@@ -180,6 +181,26 @@ def test_a_request_to_stop_ends_after_the_images_in_work_and_names_the_rest(
     assert [r.failure for r in keeper.results[2:]] == ["not processed (the run was stopped)."] * 3
     assert [r.image_id for r in keeper.results] == [1, 2, 3, 4, 5]
     assert keeper.ending == "finished"
+
+
+def test_after_a_request_to_stop_no_more_pictures_are_read(
+    tmp_path: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, begun = 60, []
+
+    def read(path: Path, **options: Any) -> Picture:
+        begun.append(path)
+        return read_picture(path, **options)
+
+    monkeypatch.setattr(reading, "read_picture", read)
+    write_photos(tmp_path, [(64, 48)] * count)
+    keeper = Keeper()
+    inputs = find_inputs([str(tmp_path)]).images
+    summary = run(inputs, loaded, keeper, device_type="cuda", should_stop=lambda: len(begun) >= 2)
+    assert len(begun) <= 2 + helper_threads("cuda")
+    assert (summary.processed, summary.failed, summary.unfinished) == (len(begun), 0, count - len(begun))
+    assert [r.input for r in keeper.results] == inputs
+    assert {r.failure for r in keeper.results} == {None, "not processed (the run was stopped)."}
 
 
 def test_a_lost_device_keeps_what_was_done_and_names_the_rest(

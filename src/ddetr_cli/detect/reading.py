@@ -122,6 +122,7 @@ class Read:
 class Reader:
     """Turns an input into what the model takes; called on any thread, and never raises for a bad input.
 
+    Once ``should_stop`` says so it reads no more.
     With ``draft`` the model sees large JPEGs as they are decoded at reduced size, the same whether or not the whole
     picture is decoded, to be drawn on, as well.
     """
@@ -138,6 +139,9 @@ class Reader:
         item = numbered.item
         read = Read(item, numbered.image_id, failure=item.failure)
         if item.failure is not None:
+            return read
+        if self.should_stop():
+            read.failure, read.is_reached = STOPPED, False
             return read
         try:
             picture = read_input(
