@@ -86,3 +86,9 @@ def test_the_contact_sheet_keeps_one_video_open_at_a_time(clips: str) -> None:
         assert handles() <= before + 1
     waiting = [item.origin.video for item in inputs[5::FRAMES] if isinstance(item.origin, Frame)]
     assert sum(len(video._kept) > 0 for video in waiting) <= 1
+
+
+def test_a_video_that_a_thread_hangs_in_does_not_hold_up_who_closes_it(tmp_path: Path) -> None:
+    video = Video(tmp_path / "gone.mkv")
+    with video._lock:
+        video.close()

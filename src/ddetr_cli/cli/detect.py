@@ -299,8 +299,16 @@ def detect(
             inputs.images, loaded.classes, info=info, options=options, formats=sorted(wanted), shard=part
         )
 
+        stop = console.StopSignals()
+
+        def should_stop() -> bool:
+            return stop.requested or (most_failures is not None and report.failed > most_failures)
+
         thumbnails = thumbnail_reader(
-            max_pixels=max_pixels, allow_truncated=allow_truncated, read_timeout=read_timeout
+            max_pixels=max_pixels,
+            allow_truncated=allow_truncated,
+            read_timeout=read_timeout,
+            should_stop=should_stop,
         )
         positions = processes.stretch(header.positions)
         summary = journal = None
@@ -320,10 +328,7 @@ def detect(
             if resume:
                 report.say_resumed(done, len(positions))
 
-            def should_stop() -> bool:
-                return stop.requested or (most_failures is not None and report.failed > most_failures)
-
-            with console.StopSignals() as stop, report.progress(len(positions) - done):
+            with stop, report.progress(len(positions) - done):
                 summary = detect_images(
                     inputs.images,
                     predictor,

@@ -65,10 +65,14 @@ class Video:
         return numbers
 
     def close(self) -> None:
-        """Close the file, and forget the frames that wait to be asked for."""
-        with self._lock:
+        """Close the file, and forget the frames that wait to be asked for; not while one is being read.
+
+        Whoever reads may never return from a disk that is gone.
+        """
+        if self._lock.acquire(blocking=False):
             self._frames = None
             self._kept.clear()
+            self._lock.release()
 
     def frame(self, number: int, max_pixels: int) -> Image.Image:
         """Frame ``number`` from 0 on, upright, in RGB. Raises ImageError."""

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ddetr_cli.classes import ClassTable
+from ddetr_cli.detect import patience, reading
 from ddetr_cli.detect.drawing import PALETTE
 from ddetr_cli.detect.results import ImageResult
-from ddetr_cli.detect.sinks.sheet import MOST_PICTURES, SheetSink
+from ddetr_cli.detect.sinks.sheet import MOST_PICTURES, SheetSink, thumbnail_reader
 from ddetr_cli.detect.sources import Input
 from ddetr_cli.errors import ImageError
+
+if TYPE_CHECKING:
+    from ddetr_cli.data.images import Picture
 
 CLASSES = ClassTable((1, 2), ("cat", "dog"))
 BLUE = (20, 40, 200)
@@ -114,3 +120,33 @@ def test_hundreds_of_classes_do_not_push_the_pictures_off_the_sheet(tmp_path: Pa
     sink.finish()
     with Image.open(tmp_path / "sheet.jpg") as sheet:
         assert sheet.height < 500
+
+
+@pytest.mark.parametrize(("read_timeout", "is_stopped"), [(0.2, False), (86_400, True)])
+def test_a_disk_that_is_gone_is_waited_for_once(
+    monkeypatch: pytest.MonkeyPatch, read_timeout: float, is_stopped: bool
+) -> None:
+    release, begun = threading.Event(), []
+
+    def hang(path: Path, **_: object) -> Picture:
+        begun.append(path)
+        release.wait()
+        raise ImageError("gone.")
+
+    monkeypatch.setattr(reading, "read_picture", hang)
+    monkeypatch.setattr(patience, "_GRACE", 0.2)
+    read = thumbnail_reader(read_timeout=read_timeout, should_stop=lambda: is_stopped)
+    for number in range(48):
+        with pytest.raises(ImageError, match="does not answer"):
+            read(Input(Path(f"{number}.jpg"), f"{number}.jpg"))
+    assert begun == [Path("0.jpg")]
+    release.set()
+
+
+def test_a_picture_that_is_damaged_keeps_no_other_off_the_sheet(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    Image.new("RGB", (64, 48), BLUE).save(tmp_path / "b.png")
+    read = thumbnail_reader()
+    with pytest.raises(ImageError, match="not an image"):
+        read(Input(tmp_path / "a.jpg", "a.jpg"))
+    assert read(Input(tmp_path / "b.png", "b.png")).size == (64, 48)

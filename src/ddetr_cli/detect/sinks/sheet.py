@@ -159,24 +159,39 @@ class SheetSink:
 
 
 def thumbnail_reader(
-    *, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False, read_timeout: float = READ_TIMEOUT
+    *,
+    max_pixels: int = MAX_PIXELS,
+    allow_truncated: bool = False,
+    read_timeout: float = READ_TIMEOUT,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Callable[[Input], Image.Image]:
-    """What reads an input once more for the sheet, reduced where that is quicker. It raises ImageError."""
+    """What reads an input once more for the sheet, reduced where that is quicker. It raises ImageError.
+
+    After one that is not read in time no other is tried: of 48 each would wait as long for the disk that is gone.
+    """
     last: Video | None = None
+    is_gone = False
 
     def read(item: Input) -> Image.Image:
-        nonlocal last
+        nonlocal last, is_gone
+        if is_gone:
+            raise ImageError(f"{item.where}: not read (its disk or server does not answer).")
         video = item.origin.video if isinstance(item.origin, Frame) else None
         if last is not None and last is not video:
             last.close()  # of 48 videos the frames beside those on the sheet would fill the memory
         last = video
-        return read_input(
-            item,
-            short=THUMBNAIL_PX,
-            max_pixels=max_pixels,
-            allow_truncated=allow_truncated,
-            read_timeout=read_timeout,
-        ).image
+        try:
+            return read_input(
+                item,
+                short=THUMBNAIL_PX,
+                max_pixels=max_pixels,
+                allow_truncated=allow_truncated,
+                read_timeout=read_timeout,
+                should_stop=should_stop,
+            ).image
+        except ImageError as error:
+            is_gone = isinstance(error.__cause__, TimeoutError)
+            raise
 
     return read
 
