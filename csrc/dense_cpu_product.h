@@ -43,6 +43,10 @@ DDETR_INLINE void finish_tile(const ddetr_product& p, const Cut& cut, int64_t li
     const int64_t columns = smaller(kPanel, p.columns - column);
     Out* output = static_cast<Out*>(p.output) + column / p.group * p.output_group + column % p.group;
     const T* added = static_cast<const T*>(p.added);
+    const bool past_caches =
+        added == nullptr && columns == kPanel &&
+        is_written_past_caches(static_cast<const Out*>(p.output), p.lines * p.width * p.columns,
+                               {p.output_line, p.output_pixel, p.columns > p.group ? p.output_group : 0});
     for (int64_t r = 0; r < count; ++r, ++x) {
         if (cut.is_folded && x == cut.fold) {
             x = 0;
@@ -51,7 +55,7 @@ DDETR_INLINE void finish_tile(const ddetr_product& p, const Cut& cut, int64_t li
         if (x >= p.width) continue;
         finish_row(sums + r * kPanel, p.bias + column,
                    added == nullptr ? kNothing : added + y * p.added_line + x * p.added_pixel + column, p.relu != 0,
-                   output + y * p.output_line + x * p.output_pixel, columns);
+                   output + y * p.output_line + x * p.output_pixel, columns, past_caches);
     }
 }
 

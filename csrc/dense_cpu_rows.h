@@ -2,6 +2,8 @@
 #ifndef DDETR_DENSE_CPU_ROWS_H
 #define DDETR_DENSE_CPU_ROWS_H
 
+#include <initializer_list>
+
 #include "dense_cpu_kernels.h"
 #include "dense_cpu_tiles.h"
 
@@ -32,6 +34,38 @@ DDETR_INLINE void store_element(FloatVec v, Bfloat16* to) {
 #endif
 }
 
+// Two vectors side by side. A panel is as wide, and so is a cache line of bfloat16 or half a one of floats.
+DDETR_INLINE void store_pair(FloatVec a, FloatVec b, float* to, bool past_caches) {
+    if (past_caches) {
+        store_past_caches(a, to);
+        store_past_caches(b, to + kLanes<float>);
+        return;
+    }
+    store<float>(a, to);
+    store<float>(b, to + kLanes<float>);
+}
+DDETR_INLINE void store_pair(FloatVec a, FloatVec b, Bfloat16* to, bool past_caches) {
+#if defined(__AVX512BF16__)
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(bits_as<__m512>(b), bits_as<__m512>(a));
+    if (past_caches) return store_past_caches(rounded, to);
+    memcpy(to, &rounded, sizeof(rounded));
+#else
+    static_cast<void>(past_caches);
+    store_element(a, to);
+    store_element(b, to + kLanes<float>);
+#endif
+}
+
+// Whether rows of panels are better written past the caches: nobody reads so much before it has left them, and
+// every panel fills whole lines, as it lies at multiples of `steps` elements from the output's first.
+template <typename Out>
+DDETR_INLINE bool is_written_past_caches(const Out* output, int64_t count, std::initializer_list<int64_t> steps) {
+    const int64_t line = 64, element = sizeof(Out);
+    bool fills_lines = reinterpret_cast<uintptr_t>(output) % line == 0 && kPanel * element % line == 0;
+    for (const int64_t step : steps) fills_lines = fills_lines && step * element % line == 0;
+    return fills_lines && count * element >= kLargeOutput;
+}
+
 DDETR_INLINE FloatVec at_least_zero(FloatVec v) {
     return v < FloatVec{} ? FloatVec{} : v;  // NaN stays
 }
@@ -43,14 +77,16 @@ constexpr const T* kNothing = nullptr;  // to add
 // One row of a tile, `columns` of them: act(sums + bias + added).
 template <typename Added = T, typename Out>
 DDETR_INLINE void finish_row(const float* sums, const float* bias, const Added* added, bool relu, Out* to,
-                             int64_t columns) {
+                             int64_t columns, bool past_caches = false) {
     if (columns == kPanel) {
-        for (int64_t c = 0; c < kPanel; c += kLanes<float>) {
-            FloatVec v = load(sums + c) + load(bias + c);
-            if (added != nullptr) v += load(added + c);
-            if (relu) v = at_least_zero(v);
-            store_element(v, to + c);
+        FloatVec v[2];
+        for (int64_t i = 0; i < 2; ++i) {
+            const int64_t c = i * kLanes<float>;
+            v[i] = load(sums + c) + load(bias + c);
+            if (added != nullptr) v[i] += load(added + c);
+            if (relu) v[i] = at_least_zero(v[i]);
         }
+        store_pair(v[0], v[1], to, past_caches);
         return;
     }
     for (int64_t c = 0; c < columns; ++c) {

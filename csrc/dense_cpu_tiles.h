@@ -41,7 +41,10 @@ struct TileRegisters {
     }
 
     static void begin() { configure(kTileRows); }
-    static void end() { _tile_release(); }
+    static void end() {
+        _tile_release();
+        end_stores_past_caches();
+    }
 
     // GCC's tile intrinsics do not say that they read memory: what was written before must be there by now.
     static DDETR_INLINE void see_memory() { asm volatile("" ::: "memory"); }
@@ -278,7 +281,7 @@ struct Engine {
     static constexpr int64_t kPanel = 2 * kLanes<float>, kTileRows = kVectorBytes == 64 ? 12 : 6, kDepthStep = kPair;
 
     static void begin() {}
-    static void end() {}
+    static void end() { end_stores_past_caches(); }
 
     static void tile(const Rows<Element>& rows, const Element* panel, int64_t count, float* sums) {
         if (count == kTileRows) return product<kTileRows>(rows, panel, 0, sums);

@@ -61,20 +61,24 @@ void run_attention_inputs(const ddetr_attention_inputs& layer, int64_t item, voi
     T* queries = static_cast<T*>(slot);
     void* split = queries + kBlockRows * channels;
     add_positions(layer, begin, begin + count, queries);
+    const bool is_value_large =
+        is_written_past_caches(static_cast<const T*>(layer.value), count_rows(layer) * channels,
+                               {layer.value_output_group, layer.value_pixel});
     multiply_rows(static_cast<const T*>(layer.x) + begin * channels, channels, count,
                   static_cast<const Weight*>(layer.packed_value), channels, channels, split,
                   [&](int64_t column, int64_t row, const float* sums) {
                       T* to = static_cast<T*>(layer.value) + column / layer.value_group * layer.value_output_group +
                               column % layer.value_group + (begin + row) * layer.value_pixel;
                       finish_row(sums, layer.value_bias + column, kNothing, false, to,
-                                 smaller(kPanel, channels - column));
+                                 smaller(kPanel, channels - column), is_value_large);
                   });
     const int64_t columns = layer.projected_columns;
+    const bool is_projected_large = is_written_past_caches(layer.projected, count_rows(layer) * columns, {columns});
     multiply_rows(queries, channels, count, static_cast<const Weight*>(layer.packed_projection), channels, columns,
                   split, [&](int64_t column, int64_t row, const float* sums) {
                       finish_row(sums, layer.projection_bias + column, kNothing, false,
                                  layer.projected + (begin + row) * columns + column,
-                                 smaller(kPanel, columns - column));
+                                 smaller(kPanel, columns - column), is_projected_large);
                   });
 }
 

@@ -157,9 +157,6 @@ DDETR_NOINLINE void locate_rows(const Points& points, const PointBlock<Offset, R
     }
 }
 
-// An output as large as this leaves the second-level cache before anyone reads it.
-constexpr int64_t kLargeOutput = 4 << 20;
-
 inline bool is_written_past_caches(const CpuProblem& problem) {
     const int64_t line = 64, rows = problem.dims.batch * problem.dims.queries * problem.dims.heads;
     return problem.row_bytes() % line == 0 && reinterpret_cast<uintptr_t>(problem.output) % line == 0 &&

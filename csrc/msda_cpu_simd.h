@@ -196,6 +196,9 @@ DDETR_INLINE void store_rounded(FloatVec v, Half* to) {
 #endif
 }
 
+// An output of as many bytes leaves the second-level cache before anyone reads it.
+constexpr int64_t kLargeOutput = 4 << 20;
+
 // Aligned memory that is written whole and not read soon: without a copy in the
 // caches, which would have to be read before. Where there is no such store, a
 // plain one.
