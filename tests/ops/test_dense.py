@@ -195,6 +195,18 @@ def test_a_linear_layer_writes_head_by_head(bench: Bench) -> None:
     assert_close(bench, to, F.linear(x, weight).view(50, 2, 32).transpose(0, 1))
 
 
+@pytest.mark.parametrize("first", [0, 1], ids=["on a line", "off it"])
+def test_every_number_of_a_large_output_is_written_and_none_beside_it(bench: Bench, first: int) -> None:
+    rows, columns = 33_001, 96
+    x, weight, bias = bench.rounded(rows, 64), bench.rounded(columns, 64) / 8, torch.randn(columns)
+    memory = torch.full((rows * columns + 65,), 7.0, dtype=bench.engine.dtype)
+    shift = (-memory.data_ptr() % 64) // memory.itemsize + first
+    to = memory[shift : shift + rows * columns].view(rows, columns)
+    bench.engine.linear(bench.crew, bench.engine.pack(weight, bias), x.to(bench.engine.dtype), to)()
+    assert_close(bench, to, F.linear(x, weight, bias))
+    assert (torch.cat((memory[:shift], memory[shift + rows * columns :])) == 7).all()
+
+
 def test_nan_passes_through_a_convolution_that_cuts_off_below_zero(bench: Bench) -> None:
     x = torch.ones(64, 1, 3)
     x[:, 0, 1] = torch.nan
@@ -204,10 +216,14 @@ def test_nan_passes_through_a_convolution_that_cuts_off_below_zero(bench: Bench)
     assert memory[0, :, 0].isnan().tolist() == [False, True, False]
 
 
-def test_attention_inputs_are_two_linear_layers_of_memory_and_of_placed_memory(bench: Bench) -> None:
-    level_hw = [9, 14, 5, 7]
-    rows, channels = 9 * 14 + 5 * 7, 128
-    x, lines, columns = bench.rounded(rows, channels), torch.randn(14, 64), torch.randn(21, 64)
+@pytest.mark.parametrize("lines_of_the_first", [9, 1200], ids=["small", "past the caches"])
+def test_attention_inputs_are_two_linear_layers_of_memory_and_of_placed_memory(
+    bench: Bench, lines_of_the_first: int
+) -> None:
+    height, channels = lines_of_the_first, 128
+    level_hw = [height, 14, 5, 7]
+    rows = height * 14 + 5 * 7
+    x, lines, columns = bench.rounded(rows, channels), torch.randn(height + 5, 64), torch.randn(21, 64)
     value_weight, projection_weight = bench.rounded(128, 128) / 11, bench.rounded(96, 128) / 11
     value_bias, projection_bias = torch.randn(128), torch.randn(96)
     position = torch.cat(
@@ -215,7 +231,7 @@ def test_attention_inputs_are_two_linear_layers_of_memory_and_of_placed_memory(b
             torch.cat((lines[a : a + h, None].expand(h, w, 64), columns[b : b + w].expand(h, w, 64)), -1).flatten(
                 0, 1
             )
-            for a, b, h, w in ((0, 0, 9, 14), (9, 14, 5, 7))
+            for a, b, h, w in ((0, 0, height, 14), (height, 14, 5, 7))
         ]
     )
     packed = bench.engine.pack(value_weight, value_bias), bench.engine.pack(projection_weight, projection_bias)
