@@ -7,8 +7,11 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from ddetr_cli.ops import native
 
 ISAS = {
     "portable": [],
@@ -23,58 +26,39 @@ ENGINES = {
     "bf16_amx": [*AMX, "-DDDETR_ENGINE_AMX"],
     "f32_amx": [*AMX, "-DDDETR_ENGINE_SPLIT"],
 }
-FLAGS = ["-std=gnu++17", "-g", "-O1", "-fPIC", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS = ["-std=gnu++17", "-fPIC", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno"]
+SANITIZE = ["-O1", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 
 
 def build_driver(
+    builder: Any,
     repository: Path,
     folder: Path,
     flags: list[str],
     *,
     name: str = "driver",
-    portable_only: bool = False,
-    compiler: str | None = None,
+    compiler: str = "",
+    **other: Path,
 ) -> Path:
-    compiler = compiler or shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    source, driver = repository / "csrc", folder / name
-    command = [compiler, *FLAGS, *flags, f"-I{source / 'include'}"]
-    objects, jobs = [], []
-
-    def compile_(name: str, *arguments: str) -> None:
-        objects.append(str(folder / name))
-        jobs.append(
-            subprocess.Popen([*command, *arguments, "-c", "-o", objects[-1]], stderr=subprocess.PIPE, text=True)
-        )
-
-    is_x86 = platform.machine() in ("x86_64", "AMD64") and not portable_only
-    for isa, isa_flags in ISAS.items():
+    """The driver of that name and the whole library; ``other``, by their names, are kernels from elsewhere."""
+    source = repository / "csrc"
+    is_x86 = platform.machine() in ("x86_64", "AMD64") and not compiler
+    has_amx = is_x86 and _takes(shutil.which(os.environ.get("CXX", "c++")) or "g++", AMX)
+    macros = (*(["-DDDETR_HAVE_X86_ISAS"] if is_x86 else []), *(["-DDDETR_HAVE_AMX"] if has_amx else []))
+    units: list[tuple[Path, tuple[str, ...]]] = [
+        (repository / f"tests/native/{name}.cpp", ()),
+        *((source / file, macros) for file in ("msda_cpu.cpp", "dense_cpu.cpp", "status.cpp")),
+    ]
+    for isa, own in ISAS.items():
         if isa == "portable" or is_x86:
-            compile_(
-                f"{isa}.o", *isa_flags, f"-DDDETR_KERNELS=ddetr_kernels_{isa}", str(source / "msda_cpu_kernels.cpp")
-            )
-    has_isas = ["-DDDETR_HAVE_X86_ISAS"] if is_x86 else []
-    compile_("abi.o", *has_isas, str(source / "msda_cpu.cpp"))
-    compile_("status.o", str(source / "status.cpp"))
-    compile_("driver.o", str(repository / f"tests/native/{name}.cpp"))
-    if name == "dense_driver" or not is_x86:  # elsewhere the op's driver asks for the engines too: there are none
-        has_amx = is_x86 and _takes(compiler, AMX)
-        compile_("dense.o", *has_isas, *(["-DDDETR_HAVE_AMX"] if has_amx else []), str(source / "dense_cpu.cpp"))
-        for engine, engine_flags in ENGINES.items() if is_x86 else ():
-            if has_amx or engine in ("f32_avx2", "f32_avx512"):
-                kernels = f"-DDDETR_DENSE_KERNELS=ddetr_dense_{engine}"
-                compile_(f"dense_{engine}.o", *engine_flags, kernels, str(source / "dense_cpu_kernels.cpp"))
-    for job in jobs:
-        _, errors = job.communicate()
-        if "cannot find" in errors or "unrecognized" in errors:
-            pytest.skip(f"this compiler has no {' '.join(flags)}: {errors[:200]}")
-        assert job.returncode == 0, errors
-    linked = subprocess.run([*command, *objects, "-pthread", "-o", str(driver)], capture_output=True, text=True)
-    if "cannot find" in linked.stderr:
-        pytest.skip(f"this compiler has no {' '.join(flags)}: {linked.stderr[:200]}")
-    assert linked.returncode == 0, linked.stderr
-    return driver
+            file = other.get(isa, source / "msda_cpu_kernels.cpp")
+            units.append((file, (*own, f"-DDDETR_KERNELS=ddetr_kernels_{isa}")))
+    for engine, own in ENGINES.items() if is_x86 else ():
+        if has_amx or engine in ("f32_avx2", "f32_avx512"):
+            file = other.get(engine, source / "dense_cpu_kernels.cpp")
+            units.append((file, (*own, f"-DDDETR_DENSE_KERNELS=ddetr_dense_{engine}")))
+    flags = [*FLAGS, *flags, f"-I{source / 'include'}"]
+    return builder.build(units, flags, folder / name, libraries=["-pthread"], compiler=compiler)  # type: ignore[no-any-return]
 
 
 def _takes(compiler: str, flags: list[str]) -> bool:
@@ -97,74 +81,72 @@ def run_driver(*command: str | Path, **environment: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_driver_passes_as_it_is(repository: Path, tmp_path: Path) -> None:
-    run_driver(build_driver(repository, tmp_path, []))
-
-
-@pytest.mark.slow
-def test_the_driver_is_clean_under_address_and_undefined_behaviour_sanitizers(
-    repository: Path, tmp_path: Path
+@pytest.mark.usefixtures("require_native")
+@pytest.mark.parametrize("name", ["driver", "dense_driver"])
+def test_the_driver_passes_on_the_installed_library(
+    builder: Any, repository: Path, tmp_path: Path, name: str
 ) -> None:
-    sanitize = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
-    run_driver(build_driver(repository, tmp_path, sanitize))
+    installed = native.cpu_kernels()
+    assert installed is not None
+    units = [(repository / f"tests/native/{name}.cpp", ())]
+    library = [str(installed.path), f"-Wl,-rpath,{installed.path.parent}", "-pthread"]
+    flags = [*FLAGS, "-O1", f"-I{repository / 'csrc/include'}"]
+    run_driver(builder.build(units, flags, tmp_path / name, libraries=library))
 
 
 @pytest.mark.slow
-def test_the_driver_is_clean_under_the_thread_sanitizer(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["driver", "dense_driver"])
+def test_it_is_clean_under_address_and_undefined_behaviour_sanitizers(
+    builder: Any, repository: Path, tmp_path: Path, name: str
+) -> None:
+    run_driver(build_driver(builder, repository, tmp_path, SANITIZE, name=name))
+
+
+@pytest.mark.slow
+def test_the_driver_is_clean_under_the_thread_sanitizer(builder: Any, repository: Path, tmp_path: Path) -> None:
     # its shadow memory multiplies the address space that the test of large indices takes
-    run_driver(build_driver(repository, tmp_path, ["-fsanitize=thread"]), "--no-large", TSAN_OPTIONS="exitcode=66")
+    driver = build_driver(builder, repository, tmp_path, ["-O1", "-fsanitize=thread"])
+    run_driver(driver, "--no-large", TSAN_OPTIONS="exitcode=66")
 
 
 @pytest.mark.slow
-def test_the_dense_layers_are_clean_under_address_and_undefined_behaviour_sanitizers(
-    repository: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "file", "right", "wrong", "kernels"),
+    [
+        ("driver", "msda_cpu_points.h", "cell.line + 1 < block.lines[i]", "cell.line < block.lines[i]", "portable"),
+        (
+            "dense_driver",
+            "dense_cpu_maps.h",
+            "x < job.width; ++x) {\n        for (int64_t c = 0; c < 3; ++c)",
+            "x <= job.width; ++x) {\n        for (int64_t c = 0; c < 3; ++c)",
+            "f32_avx2",
+        ),
+    ],
+    ids=["a row too far", "a pixel too many"],
+)
+def test_the_sanitizers_would_notice(
+    builder: Any, repository: Path, tmp_path: Path, name: str, file: str, right: str, wrong: str, kernels: str
 ) -> None:
-    sanitize = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
-    run_driver(build_driver(repository, tmp_path, sanitize, name="dense_driver"))
-
-
-@pytest.mark.slow
-def test_the_dense_driver_would_notice_a_pixel_too_many(repository: Path, tmp_path: Path) -> None:
-    """The same driver on a library that copies one pixel too many of every line: the run above can fail."""
-    if platform.machine() not in ("x86_64", "AMD64"):
+    """The same driver on a library of which one copy of the kernels has a mistake: the runs above can fail."""
+    if name == "dense_driver" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("no dense layers for this processor")
-    broken = tmp_path / "repository"
-    shutil.copytree(repository / "csrc", broken / "csrc")
-    shutil.copytree(repository / "tests/native", broken / "tests/native")
-    rows = broken / "csrc/dense_cpu_maps.h"
-    text = rows.read_text(encoding="utf-8")
-    marker = "x < job.width; ++x) {\n        for (int64_t c = 0; c < 3; ++c)"
-    assert marker in text
-    rows.write_text(text.replace(marker, marker.replace("x < job", "x <= job")), encoding="utf-8")
-    driver = build_driver(broken, tmp_path, ["-fsanitize=address"], name="dense_driver")
-    result = subprocess.run([str(driver)], capture_output=True, text=True, timeout=600)
-    assert result.returncode != 0
-    assert "heap-buffer-overflow" in result.stderr
-
-
-@pytest.mark.slow
-def test_the_sanitizers_would_notice(repository: Path, tmp_path: Path) -> None:
-    """The same driver on a library that reads one row too far: the run above can fail."""
-    broken = tmp_path / "repository"
-    shutil.copytree(repository / "csrc", broken / "csrc")
-    shutil.copytree(repository / "tests/native", broken / "tests/native")
-    kernels = broken / "csrc/msda_cpu_points.h"
-    text = kernels.read_text(encoding="utf-8")
-    marker = "cell.line + 1 < block.lines[i]"
-    assert marker in text
-    kernels.write_text(text.replace(marker, "cell.line < block.lines[i]"), encoding="utf-8")
-    driver = build_driver(broken, tmp_path, ["-fsanitize=address"], portable_only=True)
+    shutil.copytree(repository / "csrc", tmp_path / "csrc")
+    text = (tmp_path / "csrc" / file).read_text(encoding="utf-8")
+    assert right in text
+    (tmp_path / "csrc" / file).write_text(text.replace(right, wrong), encoding="utf-8")
+    mistaken = tmp_path / "csrc" / ("msda_cpu_kernels.cpp" if name == "driver" else "dense_cpu_kernels.cpp")
+    driver = build_driver(builder, repository, tmp_path, SANITIZE, name=name, **{kernels: mistaken})
     result = subprocess.run([str(driver), "--no-large"], capture_output=True, text=True, timeout=600)
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
 
 
 @pytest.mark.slow
-def test_the_driver_passes_on_aarch64(repository: Path, tmp_path: Path) -> None:
+def test_the_driver_passes_on_aarch64(builder: Any, repository: Path, tmp_path: Path) -> None:
     """The kernels of an ARM build, compiled across and run on an emulated processor."""
     compiler = shutil.which("aarch64-linux-gnu-g++")
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip("no compiler or emulator for aarch64 (apt-get install g++-aarch64-linux-gnu qemu-user-static)")
-    driver = build_driver(repository, tmp_path, ["-O2", "-static"], portable_only=True, compiler=compiler)
+    driver = build_driver(builder, repository, tmp_path, ["-O2", "-static"], compiler=compiler)
     run_driver(emulator, driver, "--no-large")
