@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
+
     from ddetr_cli.weights import LoadedModel
 
 
@@ -42,6 +45,21 @@ def data_dir() -> Path:
 def repository() -> Path:
     """The root of the source tree."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> ForkServerContext:
+    """Starts processes for commands in which all imports are done already.
+
+    One for all tests, as Python has but one such server: whoever starts it chooses what it imports.
+    """
+    context = multiprocessing.get_context("forkserver")
+    commands = [f"ddetr_cli.cli.{name}" for name in ("app", "bench", "detect", "eval", "export", "train")]
+    late = ["ddetr_cli.data.images", "ddetr_cli.detect.run", "ddetr_cli.train.run", "pycocotools.cocoeval"]
+    # What optimisers and curves import when they are first used takes longer than a test's training.
+    theirs = ["torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "typer._adapters"]
+    context.set_forkserver_preload([*commands, *late, *theirs])
+    return context
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -21,6 +20,7 @@ from PIL import Image
 from ddetr_cli.cli.app import main
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
     from multiprocessing.process import BaseProcess
 
 RUN = "import sys; from ddetr_cli.cli.app import main; sys.exit(main())"
@@ -384,49 +384,45 @@ def test_a_picture_that_never_ends_is_given_up_and_tried_again_when_resumed(
     assert resumed == straight
 
 
-class Detections:
-    """Starts ``ddetr detect`` in processes of their own; all imports are done once, before."""
-
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["ddetr_cli.cli.detect", "ddetr_cli.detect.run", "ddetr_cli.weights"])
-
-    def start(self, arguments: list[str]) -> BaseProcess:
-        code = (
-            "import os, sys, torch\ntorch.set_num_threads(1)\n"
-            "null = os.open(os.devnull, os.O_RDWR)\nos.dup2(null, 1)\nos.dup2(null, 2)\n"
-            f"from ddetr_cli.cli.app import main\nsys.exit(main({arguments!r}))"
-        )
-        process = self._context.Process(target=exec, args=(code, {}))
-        process.start()
-        return process
+def start(forkserver: ForkServerContext, arguments: list[str]) -> BaseProcess:
+    """``ddetr *arguments`` in a process of its own, which says nothing."""
+    code = (
+        "import os, sys, torch\ntorch.set_num_threads(1)\n"
+        "null = os.open(os.devnull, os.O_RDWR)\nos.dup2(null, 1)\nos.dup2(null, 2)\n"
+        f"from ddetr_cli.cli.app import main\nsys.exit(main({arguments!r}))"
+    )
+    process = forkserver.Process(target=exec, args=(code, {}))
+    process.start()
+    return process
 
 
 @pytest.mark.slow
-def test_a_run_of_200_images_killed_at_50_random_moments_ends_with_the_same_bytes(model: str, tmp_path: Path) -> None:
+def test_a_run_of_200_images_killed_at_50_random_moments_ends_with_the_same_bytes(
+    forkserver: ForkServerContext, model: str, tmp_path: Path
+) -> None:
     inputs, output = tmp_path / "in", tmp_path / "out"
     many_photos(inputs, 200)
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in inputs.iterdir()}
     assert detect(model, inputs, "-o", tmp_path / "straight", "-q") == 3
     whole = results_in(tmp_path / "straight")
-    detections, moments = Detections(), random.Random(6)
+    moments = random.Random(6)
     arguments = ["detect", str(inputs), "-m", model, "--device", "cpu", "-t", "0.2", "-o", str(output), "--resume"]
     kills = finished = 0
-    start = time.monotonic()
-    detections.start(arguments).join()
-    longest = 1.1 * (time.monotonic() - start)
+    before_it = time.monotonic()
+    start(forkserver, arguments).join()
+    longest = 1.1 * (time.monotonic() - before_it)
     while kills < 50:
         if output.exists() and (output / "run.json").exists() and states(output)[0] == "finished":
             assert results_in(output) == whole
             shutil.rmtree(output)
             finished += 1
-        process = detections.start(arguments)
+        process = start(forkserver, arguments)
         process.join(moments.random() * longest / 3)
         if process.exitcode is None:
             process.kill()
             process.join()
             kills += 1
-    detections.start(arguments).join()
+    start(forkserver, arguments).join()
     assert results_in(output) == whole
     assert not (output / ".lock").exists()
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in inputs.iterdir()} == before

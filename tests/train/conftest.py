@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import multiprocessing.process
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +138,12 @@ def nano_code() -> str:
 
 
 class Trainings:
-    """Starts ``ddetr`` with a nano ``tiny``, each in a process of its own; all imports are done once, before."""
+    """Starts ``ddetr`` with a nano ``tiny``, each in a process of its own."""
 
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["ddetr_cli.train.run", "ddetr_cli.cli.train", "pycocotools.cocoeval"])
+    def __init__(self, context: ForkServerContext) -> None:
+        self._context = context
 
-    def start(self, arguments: list[str], log: Path, *, before: str = "") -> multiprocessing.process.BaseProcess:
+    def start(self, arguments: list[str], log: Path, *, before: str = "") -> BaseProcess:
         """``ddetr *arguments``, after the code ``before``; what it says goes to ``log``."""
         code = (
             f"import os, signal, sys, torch\nos.setsid()\ntorch.set_num_threads(1)\n{NANO}\n"
@@ -171,9 +170,9 @@ class Trainings:
 
 
 @pytest.fixture(scope="session")
-def trainings() -> Trainings:
+def trainings(forkserver: ForkServerContext) -> Trainings:
     """Starts trainings of a nano model in processes that may be killed."""
-    return Trainings()
+    return Trainings(forkserver)
 
 
 @pytest.fixture(scope="session")
