@@ -110,13 +110,12 @@ def _randomise(model: nn.Module) -> None:
                 tensor.add_(noise(tensor, 0.1))
 
 
-def _oracle(preset: str) -> nn.Module:
+def _oracle(preset: str, **changes: Any) -> nn.Module:
     is_detr = PRESETS[preset].family == DETR
     make_config = transformers.DetrConfig if is_detr else transformers.DeformableDetrConfig
     make_model = transformers.DetrForObjectDetection if is_detr else transformers.DeformableDetrForObjectDetection
-    config = make_config(
-        use_timm_backbone=True, use_pretrained_backbone=False, backbone="resnet50", num_labels=91, **VARIANTS[preset]
-    )
+    trunk = {"use_timm_backbone": True, "use_pretrained_backbone": False, "backbone": "resnet50"}
+    config = make_config(num_labels=91, **VARIANTS[preset], **(changes or trunk))
     torch.manual_seed(0)
     model = make_model(config).eval()
     if PRESETS[preset].refine_boxes:
@@ -177,6 +176,24 @@ def test_the_output_equals_transformers(case: Case, canvas: str, monkeypatch: py
     print(f"{case.preset}, {canvas}: logits {logits_error:.1e}, boxes {boxes_error:.1e}")
     assert logits_error <= 1e-4
     assert boxes_error <= 1e-5
+
+
+@pytest.mark.parametrize("preset", ["r50", "detr-r50"])
+def test_a_model_on_transformers_own_resnet_is_read_and_computes_the_same(preset: str, tmp_path: Path):
+    """As of ``use_timm_backbone=False`` and the hub's revisions called no_timm."""
+    stages = ["stage4"] if PRESETS[preset].family == DETR else ["stage2", "stage3", "stage4"]
+    oracle = _oracle(
+        preset, use_timm_backbone=False, backbone_config=transformers.ResNetConfig(out_features=stages),
+        encoder_layers=1, decoder_layers=2,
+    )  # fmt: skip
+    oracle.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    pixels, is_padding = _canvas("padded pair")
+    with torch.inference_mode():
+        theirs = oracle(pixel_values=pixels, pixel_mask=(~is_padding).long())
+        ours = loaded.model(pixels, is_padding)
+    assert float((ours.logits - theirs.logits).abs().max()) <= 1e-4
+    assert float((ours.boxes_cxcywh - theirs.pred_boxes).abs().max()) <= 1e-5
 
 
 def test_the_variant_is_recognised_from_the_file(case: Case):

@@ -74,6 +74,23 @@ def test_names_old_and_new_become_ours_and_ours_become_the_old(family: str, v4: 
     assert v4 in to_hugging_face({ours: torch.ones(1)}, config)
 
 
+@pytest.mark.parametrize("prefix", ["model.backbone.conv_encoder.model.", "model.backbone.model."])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("embedder.embedder.convolution.weight", "conv1.weight"),
+        ("embedder.embedder.normalization.running_mean", "bn1.running_mean"),
+        ("encoder.stages.0.layers.2.layer.0.convolution.weight", "layer1.2.conv1.weight"),
+        ("encoder.stages.3.layers.1.layer.2.normalization.bias", "layer4.1.bn3.bias"),
+        ("encoder.stages.1.layers.0.shortcut.convolution.weight", "layer2.0.downsample.0.weight"),
+        ("encoder.stages.1.layers.0.shortcut.normalization.weight", "layer2.0.downsample.1.weight"),
+    ],
+)
+def test_the_trunk_of_transformers_own_resnet_becomes_ours(prefix: str, theirs: str, ours: str):
+    for family in (DEFORMABLE_DETR, DETR):
+        assert from_hugging_face(prefix + theirs, family) == f"backbone.{ours}"
+
+
 def test_the_decoders_copies_of_the_heads_are_the_heads():
     for name in ("bbox_embed.3.layers.0.bias", "class_embed.3.bias"):
         assert from_hugging_face(f"model.decoder.{name}", DEFORMABLE_DETR) == name

@@ -2,7 +2,8 @@
 
 ``model.`` stands before most names, the layers have other words, and attention over pairs is three matrices where
 the authors have one. Every file on the hub has the names of transformers 4; version 5 renames three words in memory
-and reads both.
+and reads both. The trunk is timm's, with torchvision's names, or (``use_timm_backbone=False``, the hub's ``no_timm``)
+transformers' own ResNet.
 """
 
 from __future__ import annotations
@@ -25,6 +26,16 @@ _TO_V4 = rules(
     (r"\.self_attn\.o_proj\.", ".self_attn.out_proj."),
     (r"\.encoder_attn\.o_proj\.", ".encoder_attn.out_proj."),
     (r"^model\.decoder\.(class_embed|bbox_embed)\.", r"\1."),
+)
+# The trunk's names in transformers' own ResNet to timm's; none of these words is in another part of the model.
+_TO_TIMM = rules(
+    (r"\.embedder\.embedder\.convolution\.", ".conv1."),
+    (r"\.embedder\.embedder\.normalization\.", ".bn1."),
+    *((rf"\.encoder\.stages\.{n}\.layers\.(\d+)\.", rf".layer{n + 1}.\1.") for n in range(4)),
+    *((rf"\.layer\.{n}\.convolution\.", f".conv{n + 1}.") for n in range(3)),
+    *((rf"\.layer\.{n}\.normalization\.", f".bn{n + 1}.") for n in range(3)),
+    (r"\.shortcut\.convolution\.", ".downsample.0."),
+    (r"\.shortcut\.normalization\.", ".downsample.1."),
 )
 _IN_LAYER = re.compile(r"(.*\b(encoder|decoder)\.layers\.\d+\.)(\w+)(\..*)")
 _JOINED = re.compile(r"(.+_attn)\.in_proj_(weight|bias)")
@@ -84,7 +95,7 @@ def from_hugging_face(name: str, family: str) -> str:
     """Our name for one of theirs; a third of an attention's matrix keeps its own, for ``joined``."""
     words = _WORDS[family]
     return _swapped(
-        renamed(name, _TO_V4),
+        renamed(name, _TO_V4 + _TO_TIMM),
         [(theirs, ours) for ours, theirs in words.prefixes],
         {part: {theirs: ours for ours, theirs in words.part(part).items()} for part in ("encoder", "decoder")},
     )
