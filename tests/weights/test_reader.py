@@ -86,6 +86,25 @@ def test_content_decides_and_not_the_suffix(tmp_path: Path):
         assert torch.equal(read_file(tmp_path / name).tensors["a"], STATE["a"])
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_orig_mod.module.", "model.", "model._orig_mod."])
+@pytest.mark.parametrize("name", ["model.level_embed", "transformer.level_embed"])
+def test_names_of_wrappers_around_a_model_are_left_out(tmp_path: Path, wrapper: str, name: str):
+    wrapped = {f"{wrapper}{name}": torch.zeros(2), f"{wrapper}class_embed.0.bias": torch.zeros(2)}
+    wrapped["total_ops"] = torch.zeros(1)
+    torch.save(wrapped, tmp_path / "x.pth")
+    safetensors.torch.save_file(wrapped, tmp_path / "x.safetensors")
+    for file in ("x.pth", "x.safetensors"):
+        assert read_file(tmp_path / file).tensors.keys() == {name, "class_embed.0.bias", "total_ops"}
+
+
+@pytest.mark.parametrize(
+    "names", [["module.a", "b"], ["model.backbone.a", "model.level_embed"], ["total_ops", "module.total_params"], []]
+)
+def test_what_is_not_before_every_name_or_belongs_to_the_model_stays(tmp_path: Path, names: list[str]):
+    torch.save({name: torch.zeros(1) for name in names}, tmp_path / "x.pth")
+    assert list(read_file(tmp_path / "x.pth").tensors) == names
+
+
 def test_the_digest_is_that_of_the_file(tmp_path: Path):
     torch.save(STATE, tmp_path / "x.pth")
     assert read_file(tmp_path / "x.pth").sha256 == hashlib.sha256((tmp_path / "x.pth").read_bytes()).hexdigest()

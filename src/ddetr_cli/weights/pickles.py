@@ -68,7 +68,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise _refusal(path, classes) from error
         raise _damaged(path) from error
     state, arguments = _state_dict(path, loaded)
-    return {_name(name): _plain(path, name, value) for name, value in state.items()}, arguments
+    return {str(name): _plain(path, name, value) for name, value in state.items()}, arguments
 
 
 def _load(path: Path, is_zip: bool) -> Any:
@@ -144,11 +144,6 @@ def _class_names(meta: Any) -> dict[str, tuple[str, ...]]:
             if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
                 return {"class_names": tuple(names)}
     return {}
-
-
-def _name(name: Any) -> str:
-    # DistributedDataParallel's wrapper leaves its name on every tensor.
-    return str(name).removeprefix("module.")
 
 
 def _plain(path: Path, name: Any, value: Any) -> Tensor:

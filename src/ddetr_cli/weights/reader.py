@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,15 @@ from torch import Tensor
 
 from ddetr_cli.errors import CheckpointError
 from ddetr_cli.weights import pickles, tensorfile
+from ddetr_cli.weights.layouts.names import is_counter
 
 # The largest published file of these models holds model and optimizer in under half a gibibyte.
 MAX_BYTES = 8 << 30
 _LFS = b"version https://git-lfs"
+# What DistributedDataParallel, torch.compile and Lightning put before every name. Every name of transformers' own may
+# begin with "model." too, but nothing there goes on like this.
+_WRAPPER = re.compile(r"module\.|_orig_mod\.|model\.(?=model\.|transformer\.|module\.|_orig_mod\.)")
+_MOST_WRAPPERS = 3
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,10 @@ def read_file(path: Path) -> StoredFile:
     head = _head(path)
     if tensorfile.looks_like(head):
         metadata, tensors = tensorfile.read(path)
-        return StoredFile(path, tensors, file_sha256(path), metadata=metadata)
+        return StoredFile(path, _unwrapped(tensors), file_sha256(path), metadata=metadata)
     if pickles.looks_like(head):
         tensors, arguments = pickles.read(path)
-        return StoredFile(path, tensors, file_sha256(path), arguments=arguments)
+        return StoredFile(path, _unwrapped(tensors), file_sha256(path), arguments=arguments)
     raise CheckpointError(f"{path}: not a checkpoint ({_guess(head)}). Give a .pth or .safetensors file.")
 
 
@@ -55,6 +61,17 @@ def file_sha256(path: Path) -> str:
     """Hex digest of the file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the names of wrappers that stand before every weight's, one in another."""
+    for _ in range(_MOST_WRAPPERS):
+        weights = [name for name in tensors if not is_counter(name)]
+        wrapper = next((match[0] for name in weights if (match := _WRAPPER.match(name))), None)
+        if wrapper is None or not all(name.startswith(wrapper) for name in weights):
+            break
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _head(path: Path) -> bytes:
