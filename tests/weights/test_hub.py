@@ -77,10 +77,20 @@ class TestPaths:
     def test_a_folder_of_save_pretrained_is_a_model(self, tmp_path: Path, name: str):
         assert find_model(str(_touch(tmp_path / "saved" / name).parent)).path == tmp_path / "saved" / name
 
+    def test_a_folder_of_the_authors_training_is_its_last_checkpoint(self, tmp_path: Path):
+        _touch(tmp_path / "run" / "checkpoint0049.pth")
+        assert find_model(str(_touch(tmp_path / "run" / "checkpoint.pth").parent)).path.name == "checkpoint.pth"
+
     def test_a_folder_without_a_model_is_refused_with_the_names_looked_for(self, tmp_path: Path):
         with pytest.raises(
             CheckpointError, match=r"holds no model \(looked for best\.safetensors, last\.safetensors"
         ):
+            find_model(str(tmp_path))
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+    def test_a_model_in_several_pieces_is_refused_with_what_makes_it_one(self, tmp_path: Path, name: str):
+        _touch(tmp_path / f"{name}.index.json")
+        with pytest.raises(CheckpointError, match=rf"in several pieces \({name}\.index\.json\).*max_shard_size"):
             find_model(str(tmp_path))
 
     @pytest.mark.parametrize(
@@ -225,6 +235,7 @@ def test_a_hub_id_is_downloaded_once_with_its_config_and_without_a_word(tmp_path
     prefix = "/someone/cells/resolve/main"
     handler.files |= {
         f"{prefix}/config.json": b'{"model_type": "deformable_detr"}',
+        f"{prefix}/preprocessor_config.json": b'{"size": {"shortest_edge": 480}}',
         f"{prefix}/{name}": b"the weights",
     }
     result = _in_a_process_of_its_own(tmp_path, "someone/cells", url)
@@ -232,6 +243,7 @@ def test_a_hub_id_is_downloaded_once_with_its_config_and_without_a_word(tmp_path
     path = Path(result.stdout.strip())
     assert path.read_bytes() == b"the weights"
     assert (path.parent / "config.json").is_file()
+    assert (path.parent / "preprocessor_config.json").is_file()  # which tells the size the model was trained at
     assert path.is_relative_to(tmp_path / "home")
 
     handler.asked.clear()

@@ -24,6 +24,8 @@ from ddetr_cli.errors import CheckpointError, UsageError
 from ddetr_cli.presets import HUB_IDS, PRESETS
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+# What is asked for before them: both say how to use the weights, and neither need be there.
+_BESIDE = ("config.json", "preprocessor_config.json")
 # Files of torchvision and of DETR's authors: the digits at the end of a name begin the sha256 of what it holds.
 BACKBONE_NAME = "resnet50-0676ba61"  # torchvision's IMAGENET1K_V1
 FASTER_RCNN_NAME = "fasterrcnn_resnet50_fpn_coco-258fb6c6"  # torchvision's COCO_V1
@@ -121,11 +123,17 @@ def _torch_cache() -> Path:
 
 
 def _file_in(folder: Path) -> Path:
-    """The model in a run's folder, or in one that ``save_pretrained`` wrote."""
-    names = ("best.safetensors", "last.safetensors", *HUB_FILES)
+    """The model in a run's folder, in one that ``save_pretrained`` wrote, or in one of the authors' runs."""
+    names = ("best.safetensors", "last.safetensors", *HUB_FILES, "checkpoint.pth")
     for name in names:
         if (folder / name).is_file():
             return folder / name
+    for name in HUB_FILES:
+        if (folder / f"{name}.index.json").is_file():
+            raise CheckpointError(
+                f"{folder}: holds a model in several pieces ({name}.index.json), and only one whole file is read. "
+                "Save it again with save_pretrained(FOLDER, max_shard_size='10GB')."
+            )
     raise CheckpointError(f"{folder}: holds no model (looked for {', '.join(names)}). Give a run's folder or a file.")
 
 
@@ -188,7 +196,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    for name in ("config.json", *HUB_FILES):
+    for name in (*_BESIDE, *HUB_FILES):
         try:
             path = Path(hf_hub_download(hub_id, name, etag_timeout=TIMEOUT_S))
         except LocalEntryNotFoundError:
