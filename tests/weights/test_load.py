@@ -12,7 +12,7 @@ from ddetr_cli.classes import COCO_TABLE, ClassTable
 from ddetr_cli.errors import CheckpointError, UsageError
 from ddetr_cli.model.build import build_detector
 from ddetr_cli.presets import PRESETS, ModelConfig
-from ddetr_cli.weights import load_model, save_checkpoint
+from ddetr_cli.weights import LoadedModel, load_model, save_checkpoint
 from ddetr_cli.weights.checkpoint import FORMAT, METADATA_KEY, digest
 from ddetr_cli.weights.layouts import to_authors
 
@@ -101,6 +101,28 @@ class TestDilation:
             assert load_model(spec).config.dilation
 
 
+class TestSize:
+    def _loaded(self, states, folder: Path, size: object) -> LoadedModel:
+        path = _as_hugging_face(states(), folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": "deformable_detr"}))
+        (folder / "preprocessor_config.json").write_text(json.dumps({"size": size}))
+        return load_model(str(path))
+
+    @pytest.mark.parametrize("size", [{"shortest_edge": 480, "longest_edge": 800}, 480])
+    def test_that_of_transformers_processor_is_the_models(self, states, tmp_path: Path, size: object):
+        loaded = self._loaded(states, tmp_path, size)
+        assert loaded.config.image_size == 480
+        assert len(loaded.report.notes) == 1  # the one about checksums
+
+    def test_a_rule_not_followed_here_is_said(self, states, tmp_path: Path):
+        loaded = self._loaded(states, tmp_path, {"max_height": 480, "max_width": 640})
+        assert loaded.config.image_size == 800
+        assert any(
+            "pictures of max_height 480, max_width 640 (preprocessor_config.json), a rule not followed here" in note
+            for note in loaded.report.notes
+        )
+
+
 class TestClasses:
     def test_91_logits_are_cocos(self, states, write):
         assert load_model(str(write(states(classes=91)))).classes == COCO_TABLE
@@ -161,6 +183,11 @@ class TestWrongWeights:
         with pytest.raises(CheckpointError) as caught:
             load_model(str(write(states(**changes))), preset=preset)
         assert f"does not fit {preset} ({guess})" in str(caught.value)
+
+    def test_a_trunk_of_more_layers_is_named(self, states, write):
+        more = {name.replace("layer3.5", "layer3.6"): t for name, t in states().items() if ".layer3.5." in name}
+        with pytest.raises(CheckpointError, match="7-query, 5-class model, on a ResNet of more than 50 layers"):
+            load_model(str(write(states() | more)))
 
     @pytest.mark.parametrize(
         ("names", "guess"),

@@ -15,6 +15,8 @@ from ddetr_cli.weights.reader import StoredFile
 MODEL_TYPES = {DEFORMABLE_DETR: "deformable_detr", DETR: "detr"}
 # Where ``export`` keeps what the files of others have no place for: category ids, and the short side in pixels.
 CLASSES_KEY, IMAGE_SIZE_KEY = "ddetr_classes", "ddetr_image_size"
+# A size rule of transformers' other than one of the short side, in its own words.
+OTHER_SIZE_KEY = "ddetr_other_size"
 
 
 def facts_about(stored: StoredFile, *, hugging_face_family: str | None) -> dict[str, Any]:
@@ -27,6 +29,8 @@ def facts_about(stored: StoredFile, *, hugging_face_family: str | None) -> dict[
         return facts
     size = _json_beside(stored.path, "preprocessor_config.json").get("size")
     short = size.get("shortest_edge") if isinstance(size, dict) else size
+    if isinstance(size, dict) and short is None:
+        config[OTHER_SIZE_KEY] = ", ".join(f"{key} {value}" for key, value in size.items())[:100]
     return {**facts, **config} | ({IMAGE_SIZE_KEY: short} if isinstance(short, int) else {})
 
 

@@ -23,7 +23,7 @@ from ddetr_cli.model.detector import DetectionModel
 from ddetr_cli.presets import DEFORMABLE_DETR, PRESETS, ModelConfig, get_preset
 from ddetr_cli.weights import layouts
 from ddetr_cli.weights.checkpoint import parse_header
-from ddetr_cli.weights.facts import class_table, facts_about
+from ddetr_cli.weights.facts import OTHER_SIZE_KEY, class_table, facts_about
 from ddetr_cli.weights.hub import PUBLISHED, Announce, Found, find_model
 from ddetr_cli.weights.reader import StoredFile, read_file
 from ddetr_cli.weights.recognition import config_of, describe, describe_foreign
@@ -149,6 +149,11 @@ def _read(found: Found, preset: str | None) -> _Weights:
             tensors = layouts.one_head(tensors)
     if published is None:
         notes.append("carries no checksum, so damage to its numbers would not be noticed")
+    if OTHER_SIZE_KEY in facts:
+        notes.append(
+            f"was made for pictures of {facts[OTHER_SIZE_KEY]} (preprocessor_config.json), a rule not followed here: "
+            f"the short side becomes {config.image_size} px (--image-size for another)"
+        )
     ignored = tuple(name for name in stored.tensors if layouts.is_counter(name))
     classes = class_table(config.classes, facts, is_contiguous=layout in (layouts.DETREX, layouts.MMDETECTION))
     return _Weights(tensors, config, classes, layout, ignored, tuple(f"{stored.path}: {n}" for n in notes), stored)

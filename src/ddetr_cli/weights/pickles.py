@@ -26,6 +26,8 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _PROTOCOLS = tuple(bytes((0x80, version)) for version in range(2, 6))
 _MAX_PROGRAM = 64 << 20  # bytes of data.pkl; a checkpoint with optimizer has well under one mebibyte
 _ZIP_OVERHEAD = 1 << 20  # records may add up to no more than the file plus this
+_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+           torch.int8, torch.uint8, torch.bool}  # fmt: skip
 _STATE_KEYS = ("model", "state_dict", "model_state_dict")
 _CODE = {"posix", "nt", "os", "subprocess", "sys", "shutil", "socket", "runpy", "importlib", "pty", "builtins",
          "__builtin__", "commands", "webbrowser", "ctypes", "operator", "functools", "types", "code"}  # fmt: skip
@@ -152,8 +154,10 @@ def _plain(path: Path, name: Any, value: Any) -> Tensor:
         raise CheckpointError(
             f"{path}: holds {str(name)[:80]!r} of type {type(value).__name__} among its weights. Give a checkpoint."
         )
-    if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_complex():
-        raise CheckpointError(f"{path}: tensor {name[:80]!r} is sparse, quantized or complex. Give plain weights.")
+    if value.layout != torch.strided or value.is_quantized or value.is_meta or value.dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name[:80]!r} is sparse, quantized or of {value.dtype}. Give plain weights."
+        )
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise CheckpointError(
             f"{path}: tensor {name[:80]!r} claims {value.numel() * value.element_size()} bytes and stores "

@@ -207,8 +207,9 @@ def describe(tensors: Mapping[str, Tensor]) -> str:
     if any(name.startswith("roi_heads.") for name in tensors):
         return "this is a Faster R-CNN"
     queries = _size(tensors, "query_embed.weight", 0)
+    on = ", on a ResNet of more than 50 layers" if "backbone.layer3.6.conv1.weight" in tensors else ""
     if (outputs := _size(tensors, "class_embed.weight", 0)) is not None:
-        return f"this is a DETR without deformable attention, {queries or 'no'} queries, {outputs - 1} classes"
+        return f"this is a DETR without deformable attention, {queries or 'no'} queries, {outputs - 1} classes{on}"
     levels = len({m[1] for name in tensors if (m := re.match(r"input_proj\.(\d+)\.0\.weight$", name))})
     words = ["single-scale" if levels == 1 else f"{levels}-level"]
     if "transformer.enc_output.weight" in tensors:
@@ -219,7 +220,7 @@ def describe(tensors: Mapping[str, Tensor]) -> str:
         words.append(f"{queries}-query")
     if (classes := _size(tensors, "class_embed.0.weight", 0)) is not None:
         words.append(f"{classes}-class")
-    return f"this is a {', '.join(words)} model"
+    return f"this is a {', '.join(words)} model{on}"
 
 
 def describe_foreign(names: Mapping[str, Tensor]) -> str:
