@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,6 +169,23 @@ class TestWrongWeights:
         assert "transformer.reference_points.weight: (4, 32) in the file, (2, 32) in the model" in message
         assert "this is a 4-level, 7-query, 5-class model" in message
         assert caught.value.exit_code == 5
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            (
+                {"transformer.encoder.layers.0.norm2.bias": None},
+                "1 missing (transformer.encoder.layers.0.norm2.bias).",
+            ),
+            ({"strange": torch.zeros(1)}, "1 left over (strange)."),
+            ({"query_embed.weight": torch.zeros(7, 32)}, "(query_embed.weight: (7, 32) in the file, (7, 64) in the"),
+        ],
+        ids=["missing", "left over", "of another shape"],
+    )
+    def test_one_tensor_that_does_not_fit_is_enough(self, states, write, change, told: str):
+        state = {name: tensor for name, tensor in (states() | change).items() if tensor is not None}
+        with pytest.raises(CheckpointError, match=re.escape(told)):
+            load_model(str(write(state)))
 
     @pytest.mark.parametrize(
         ("changes", "preset", "guess"),
