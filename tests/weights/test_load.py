@@ -222,6 +222,13 @@ class TestWrongWeights:
             load_model(str(write({name: torch.zeros(1) for name in names})))
         assert guess in str(caught.value)
 
+    @pytest.mark.parametrize("is_alike", [True, False])
+    def test_a_relative_of_transformers_is_called_what_its_config_calls_it(self, states, tmp_path: Path, is_alike):
+        path = _as_hugging_face(states() if is_alike else {"transformer.a": torch.zeros(1)}, tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "rt_detr"}))
+        with pytest.raises(CheckpointError, match=r"not a model read here \(config\.json calls it 'rt_detr'\)"):
+            load_model(str(path))
+
     def test_half_a_model_is_refused(self, states, write):
         state = {name: t for name, t in states().items() if "input_proj" not in name}
         with pytest.raises(CheckpointError, match="parts of the model are missing"):

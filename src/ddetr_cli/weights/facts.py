@@ -34,6 +34,12 @@ def facts_about(stored: StoredFile, *, hugging_face_family: str | None) -> dict[
     return {**facts, **config} | ({IMAGE_SIZE_KEY: short} if isinstance(short, int) else {})
 
 
+def other_model_type(path: Path) -> str | None:
+    """What the ``config.json`` beside a file calls its model, where that is none of transformers' read here."""
+    declared = _json_beside(path, "config.json").get("model_type")
+    return declared[:40] if isinstance(declared, str) and declared not in MODEL_TYPES.values() else None
+
+
 def class_table(count: int, facts: Mapping[str, Any], *, is_contiguous: bool) -> ClassTable:
     """What the classes of a foreign file are: as ``export`` wrote them, else COCO's, else numbered from 0.
 

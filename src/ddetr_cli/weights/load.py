@@ -23,7 +23,7 @@ from ddetr_cli.model.detector import DetectionModel
 from ddetr_cli.presets import DEFORMABLE_DETR, PRESETS, ModelConfig, get_preset
 from ddetr_cli.weights import layouts
 from ddetr_cli.weights.checkpoint import parse_header
-from ddetr_cli.weights.facts import OTHER_SIZE_KEY, class_table, facts_about
+from ddetr_cli.weights.facts import OTHER_SIZE_KEY, class_table, facts_about, other_model_type
 from ddetr_cli.weights.hub import PUBLISHED, Announce, Found, find_model
 from ddetr_cli.weights.reader import StoredFile, read_file
 from ddetr_cli.weights.recognition import config_of, describe, describe_foreign
@@ -123,9 +123,11 @@ def _read(found: Found, preset: str | None) -> _Weights:
         return _Weights(stored.tensors, config, header.classes, layouts.OURS, (), (), stored)
 
     recognised = layouts.recognise(stored.tensors)
-    if recognised is None:
+    other = other_model_type(stored.path) if recognised is None or recognised[0] == layouts.HUGGING_FACE else None
+    if recognised is None or other is not None:
+        what = describe_foreign(stored.tensors) if other is None else f"config.json calls it {other!r}"
         raise CheckpointError(
-            f"{stored.path}: not a model read here ({describe_foreign(stored.tensors)}). "
+            f"{stored.path}: not a model read here ({what}). "
             "Give a Deformable DETR, a DETR or torchvision's Faster R-CNN."
         )
     layout, family = recognised
@@ -152,7 +154,7 @@ def _read(found: Found, preset: str | None) -> _Weights:
     if OTHER_SIZE_KEY in facts:
         notes.append(
             f"was made for pictures of {facts[OTHER_SIZE_KEY]} (preprocessor_config.json), a rule not followed here: "
-            f"the short side becomes {config.image_size} px (--image-size for another)"
+            f"the short side is {config.image_size} px unless --image-size says otherwise"
         )
     ignored = tuple(name for name in stored.tensors if layouts.is_counter(name))
     classes = class_table(config.classes, facts, is_contiguous=layout in (layouts.DETREX, layouts.MMDETECTION))
