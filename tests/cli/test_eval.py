@@ -252,6 +252,19 @@ def test_other_ids_are_mapped_by_name_and_an_unknown_class_exits_6_unless_droppe
     assert {row["category_id"] for row in detections} == {10}
 
 
+def test_a_model_of_other_classes_exits_5_and_names_both(
+    dataset: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = document()
+    content["categories"] = [{**category, "name": f"not {category['name']}"} for category in content["categories"]]
+    (dataset / "annotations/val.json").write_text(json.dumps(content))
+    assert main(["eval", str(dataset), "--model", str(checkpoint), "--device", "cpu"]) == 5
+    assert (
+        "categories: none of the data set's (not disc, not square) is a class of the model (disc, square). "
+        "Give a model trained on them." in capsys.readouterr().err
+    )
+
+
 def test_missing_and_unreadable_images_exit_6(
     dataset: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

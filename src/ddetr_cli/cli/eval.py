@@ -27,7 +27,7 @@ from ddetr_cli.cli.predictor import (
     check_model_options,
     open_predictor,
 )
-from ddetr_cli.errors import UsageError
+from ddetr_cli.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from ddetr_cli.data.coco import CocoAnnotations
@@ -335,7 +335,7 @@ def _detections_of_model(
                 batch_size=batch_size,
                 quiet=quiet,
             )
-        mapping = map_classes(loaded.classes, ground_truth.categories)
+        mapping = map_classes(loaded.classes, ground_truth.categories, mismatch=CheckpointError)
         for line in [] if quiet else mapping.describe():
             console.say(line)
         builder = TableBuilder(ground_truth)

@@ -14,7 +14,7 @@ from typing import Literal
 from ddetr_cli.classes import CategoryId, ClassTable
 from ddetr_cli.data.coco import CocoCategory
 from ddetr_cli.data.jsonfile import some
-from ddetr_cli.errors import DatasetError
+from ddetr_cli.errors import DatasetError, DdetrError
 
 MapMissing = Literal["error", "drop"]
 
@@ -57,12 +57,14 @@ class ClassMapping:
         return lines
 
 
-def map_classes(table: ClassTable, categories: Sequence[CocoCategory]) -> ClassMapping:
+def map_classes(
+    table: ClassTable, categories: Sequence[CocoCategory], *, mismatch: type[DdetrError] = DatasetError
+) -> ClassMapping:
     """The mapping of ``table`` onto the categories of a data set: identity for equal (id, name) pairs, else by name.
 
     Of several categories with one name the one with the class's id is meant. A name without an exact counterpart may
-    match in other case where that is unambiguous ("RBC", "rbc"). Raises DatasetError where no class has a
-    counterpart, or which of two categories of one name is meant cannot be told.
+    match in other case where that is unambiguous ("RBC", "rbc"). Raises ``mismatch`` where no class has a
+    counterpart, DatasetError where it cannot be told which of two categories of one name is meant.
     """
     named = {
         (category_id, name)
@@ -76,7 +78,7 @@ def map_classes(table: ClassTable, categories: Sequence[CocoCategory]) -> ClassM
         for category_id, name in zip(table.category_ids, table.names, strict=True)
     ]
     if not any(matches):
-        raise DatasetError(
+        raise mismatch(
             f"categories: none of the data set's ({some([c.name for c in categories])}) is a class of the model "
             f"({some([name for name in table.names if name is not None])}). Give a model trained on them."
         )
