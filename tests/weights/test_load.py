@@ -74,6 +74,13 @@ class TestDilation:
             assert loaded.config.dilation is dilation
             assert loaded.report.layout == "Hugging Face"
 
+    @pytest.mark.parametrize("key", ["backbone_config", "backbone_kwargs"])
+    def test_a_stride_of_16_in_the_configuration_of_the_trunk_tells(self, states, tmp_path: Path, key: str):
+        path = _as_hugging_face(states(levels=1), tmp_path)
+        config = {"model_type": "deformable_detr", "dilation": False, key: {"output_stride": 16}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert load_model(str(path)).config.dilation
+
     def test_without_either_none_is_assumed_and_said(self, states, write, tmp_path: Path):
         for path in (write(states(levels=1)), _as_hugging_face(states(levels=1), tmp_path)):
             loaded = load_model(str(path))
@@ -285,6 +292,13 @@ class TestWrongWeights:
     ):
         with pytest.raises(CheckpointError, match=named):
             load_model(str(write(states(), **arguments)))
+
+    def test_a_trunk_that_computes_otherwise_is_refused_though_its_tensors_fit(self, states, tmp_path: Path):
+        path = _as_hugging_face(states(), tmp_path)
+        config = {"model_type": "deformable_detr", "backbone_config": {"downsample_in_bottleneck": True}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="downsample_in_bottleneck: is 'True', and only False is computed"):
+            load_model(str(path))
 
     def test_an_unknown_preset_is_a_usage_error(self, tmp_path: Path):
         with pytest.raises(UsageError, match="Choose one of"):

@@ -31,7 +31,17 @@ def facts_about(stored: StoredFile, *, hugging_face_family: str | None) -> dict[
     short = size.get("shortest_edge") if isinstance(size, dict) else size
     if isinstance(size, dict) and short is None:
         config[OTHER_SIZE_KEY] = ", ".join(f"{key} {value}" for key, value in size.items())[:100]
-    return {**facts, **config} | ({IMAGE_SIZE_KEY: short} if isinstance(short, int) else {})
+    return {**facts, **config, **_of_trunk(config)} | ({IMAGE_SIZE_KEY: short} if isinstance(short, int) else {})
+
+
+def _of_trunk(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Hugging Face's configuration says of the trunk alone and its tensors do not show."""
+    found: dict[str, Any] = {}
+    for part in (config.get("backbone_config"), config.get("backbone_kwargs")):
+        if isinstance(part, dict):
+            found |= {key: part[key] for key in ("hidden_act", "downsample_in_bottleneck") if key in part}
+            found |= {"dilation": True} if part.get("output_stride") == 16 else {}
+    return found
 
 
 def other_model_type(path: Path) -> str | None:

@@ -47,6 +47,9 @@ _ARITHMETIC = {
     "position_embedding_type": "sine",
     "position_embedding": "sine",
     "pre_norm": False,
+    # Of the trunk, where it is transformers' own ResNet.
+    "hidden_act": "relu",
+    "downsample_in_bottleneck": False,
 }
 _LIMITS = {
     "levels": (1, 8), "hidden_dim": (32, 4096), "heads": (1, 64), "points": (1, 64), "encoder_layers": (1, 64),
