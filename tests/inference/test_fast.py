@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -153,6 +156,35 @@ def test_a_nan_in_the_picture_ends_in_the_output(tiny: DeformableDetr, pixels: T
     broken = pixels.clone()
     broken[0, 0, 40, 60] = torch.nan
     assert fast(tiny)(broken).logits.isnan().any()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("require_native")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_packing_leaves_little_more_in_memory_than_what_it_packs() -> None:
+    code = """if True:
+        import gc
+        from ddetr_cli.inference.fast import accelerate
+        from ddetr_cli.model.build import build_detector
+        from ddetr_cli.ops.dense import Packed
+        from ddetr_cli.presets import get_preset
+
+        def resident():
+            status = open("/proc/self/status").read()
+            return int(status.partition("VmRSS:")[2].split()[0]) << 10
+
+        model = build_detector(get_preset("r50"))
+        before = resident()
+        fast = accelerate(model)
+        packed = [x.weights.nbytes for x in gc.get_objects() if isinstance(x, Packed)]
+        print(fast is not None, resident() - before, sum(packed))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    has_fast_path, grown, packed = done.stdout.split()
+    if has_fast_path == "False":
+        pytest.skip("no dense kernels for this processor")
+    assert int(packed) > 100 << 20
+    assert int(grown) < 1.5 * int(packed) + (64 << 20)  # a huge page is not always full
 
 
 def test_without_native_kernels_there_is_no_fast_path(tiny: DeformableDetr, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from ddetr_cli.inference.fast.encoder import Encoder
 from ddetr_cli.inference.fast.trunk import Trunk
 from ddetr_cli.inference.fast.workspace import PartStep, Plan, Workspace
 from ddetr_cli.model.detector import DeformableDetr, DetectorOutput
-from ddetr_cli.ops.dense import DenseEngine, Map, dense_engine
+from ddetr_cli.ops.dense import DenseEngine, Map, dense_engine, return_free_memory
 
 # Image sizes whose plans are kept: a folder has a few. Each holds reference points, about a megabyte.
 _PLANS = 8
@@ -51,8 +51,11 @@ class FastDetector:
         self.engine_name = engine.name
         self._model, self._engine = model, engine
         config = model.config
+        # Packing leaves twice the weights behind in freed memory, which would count as ours to the end.
         self._trunk = Trunk(engine, model.backbone, list(model.input_proj))
+        return_free_memory()
         self._encoder, self._decoder = Encoder(engine, model), Decoder(engine, model)
+        return_free_memory()
         self._scratch_bytes = engine.scratch_bytes(config.hidden_dim, config.ffn_dim)
         self.watch: Watch = lambda _: nullcontext()
         self._workspace = Workspace()
