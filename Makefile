@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A process for each core, each with one thread; the tests of a file stay together and share what they build.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# A process for each core, each with one thread; the tests of a file stay together and share what they build,
+# and the files come in the order of tests/conftest.py.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 BENCH_ARGS ?= --models r50-single-scale,r50-single-scale-dc5,r50,r50-refine,r50-two-stage,tiny --image-size 800x1066 --rounds 5
 
