@@ -56,8 +56,8 @@ DDETR_INLINE void store_pair(FloatVec a, FloatVec b, Bfloat16* to, bool past_cac
 #endif
 }
 
-// Whether rows of panels are better written past the caches: nobody reads so much before it has left them, and
-// every panel fills whole lines, as it lies at multiples of `steps` elements from the output's first.
+// Whether rows of panels are better written past the caches: nobody reads so much before it has left the second
+// level, and every panel fills whole lines, as it lies at multiples of `steps` elements from the output's first.
 template <typename Out>
 DDETR_INLINE bool is_written_past_caches(const Out* output, int64_t count, std::initializer_list<int64_t> steps) {
     const int64_t line = 64, element = sizeof(Out);

@@ -207,6 +207,22 @@ def test_every_number_of_a_large_output_is_written_and_none_beside_it(bench: Ben
     assert (torch.cat((memory[:shift], memory[shift + rows * columns :])) == 7).all()
 
 
+def test_a_large_convolution_and_heads_of_many_rows_are_written_whole_and_their_border_left(bench: Bench) -> None:
+    x, weight = bench.rounded(32, 150, 301), bench.rounded(64, 32, 1, 1) / 4
+    to, memory = bench.empty_map(64, 150, 301, border=1)
+    packed = bench.engine.pack(weight, None)
+    bench.engine.convolution(bench.crew, packed, bench.map_of(x, 0), to)()
+    wanted = F.conv2d(x[None], weight)[0]
+    assert_close(bench, memory[1:-1, 1:-1].permute(2, 0, 1), wanted)
+    memory[1:-1, 1:-1] = 0
+    assert not memory.any()
+
+    rows = x.flatten(1).T.to(bench.engine.dtype).contiguous()
+    heads = torch.empty(2, 150 * 301, 32, dtype=bench.engine.dtype)
+    bench.engine.linear(bench.crew, packed, rows, heads, heads=2)()
+    assert_close(bench, heads, wanted.view(2, 32, -1).transpose(1, 2))
+
+
 def test_nan_passes_through_a_convolution_that_cuts_off_below_zero(bench: Bench) -> None:
     x = torch.ones(64, 1, 3)
     x[:, 0, 1] = torch.nan

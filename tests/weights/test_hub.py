@@ -260,6 +260,14 @@ def test_a_repository_without_weights_is_refused_with_the_reason(tmp_path: Path,
     assert "someone/cells has neither model.safetensors nor pytorch_model.bin" in result.stderr
 
 
+def test_a_repository_in_several_pieces_is_refused_as_such(tmp_path: Path, server):
+    url, handler = server
+    handler.files["/someone/cells/resolve/main/model.safetensors.index.json"] = b"{}"
+    result = _in_a_process_of_its_own(tmp_path, "someone/cells", url)
+    assert result.returncode != 0
+    assert "someone/cells is in several pieces, and only one whole file is read" in result.stderr
+
+
 class TestBackbone:
     def test_it_is_looked_for_in_our_folder_then_torchs(self, tmp_path: Path):
         theirs = _touch(tmp_path / "torch" / "hub" / "checkpoints" / "resnet50-0676ba61.pth")

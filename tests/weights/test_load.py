@@ -122,13 +122,22 @@ class TestSize:
         assert loaded.config.image_size == 480
         assert len(loaded.report.notes) == 1  # the one about checksums
 
-    def test_a_rule_not_followed_here_is_said(self, states, tmp_path: Path):
-        loaded = self._loaded(states, tmp_path, {"max_height": 480, "max_width": 640})
-        assert loaded.config.image_size == 800
-        assert any(
-            "pictures of max_height 480, max_width 640 (preprocessor_config.json), a rule not followed here" in note
-            for note in loaded.report.notes
-        )
+    @pytest.mark.parametrize(
+        ("size", "short", "said"),
+        [
+            ({"max_height": 480, "max_width": 640}, 800, "max_height 480, max_width 640"),
+            ({"shortest_edge": 480, "longest_edge": 640}, 480, "shortest_edge 480, longest_edge 640"),
+        ],
+    )
+    def test_a_rule_not_followed_here_is_said(self, states, tmp_path: Path, size: object, short: int, said: str):
+        loaded = self._loaded(states, tmp_path, size)
+        assert loaded.config.image_size == short
+        rule = f"pictures of {said} (preprocessor_config.json), a rule not followed here"
+        assert any(rule in note for note in loaded.report.notes)
+
+    def test_that_none_is_known_is_said(self, states, tmp_path: Path):
+        notes = load_model(str(_as_hugging_face(states(), tmp_path))).report.notes
+        assert any("nothing beside the file says what size its pictures had" in note for note in notes)
 
 
 class TestClasses:
@@ -233,8 +242,16 @@ class TestWrongWeights:
     def test_a_relative_of_transformers_is_called_what_its_config_calls_it(self, states, tmp_path: Path, is_alike):
         path = _as_hugging_face(states() if is_alike else {"transformer.a": torch.zeros(1)}, tmp_path)
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "rt_detr"}))
-        with pytest.raises(CheckpointError, match=r"not a model read here \(config\.json calls it 'rt_detr'\)"):
+        with pytest.raises(CheckpointError, match=r"not a model read here \(.*config\.json calls it 'rt_detr'\)"):
             load_model(str(path))
+
+    @pytest.mark.parametrize("name", ["mine.safetensors", "model.safetensors"])
+    def test_a_configuration_of_another_model_in_the_same_folder_does_not_cost_a_model(
+        self, states, tmp_path: Path, name: str
+    ):
+        path = _as_hugging_face(states(), tmp_path).rename(tmp_path / name)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "" if name.startswith("model") else "bert"}))
+        assert load_model(str(path)).report.fits
 
     def test_half_a_model_is_refused(self, states, write):
         state = {name: t for name, t in states().items() if "input_proj" not in name}
@@ -293,11 +310,21 @@ class TestWrongWeights:
         with pytest.raises(CheckpointError, match=named):
             load_model(str(write(states(), **arguments)))
 
-    def test_a_trunk_that_computes_otherwise_is_refused_though_its_tensors_fit(self, states, tmp_path: Path):
+    @pytest.mark.parametrize(
+        ("key", "value", "computed"),
+        [
+            ("downsample_in_bottleneck", True, False),
+            ("downsample_in_first_stage", True, False),
+            ("output_stride", 8, 32),
+        ],
+    )
+    def test_a_trunk_that_computes_otherwise_is_refused_though_its_tensors_fit(
+        self, states, tmp_path: Path, key: str, value: object, computed: object
+    ):
         path = _as_hugging_face(states(), tmp_path)
-        config = {"model_type": "deformable_detr", "backbone_config": {"downsample_in_bottleneck": True}}
+        config = {"model_type": "deformable_detr", "backbone_config": {key: value}}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(CheckpointError, match="downsample_in_bottleneck: is 'True', and only False is computed"):
+        with pytest.raises(CheckpointError, match=f"{key}: is '{value}', and only {computed} is computed"):
             load_model(str(path))
 
     def test_an_unknown_preset_is_a_usage_error(self, tmp_path: Path):

@@ -87,10 +87,10 @@ def test_content_decides_and_not_the_suffix(tmp_path: Path):
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_orig_mod.module.", "model.", "model._orig_mod."])
-@pytest.mark.parametrize("name", ["model.level_embed", "transformer.level_embed"])
+@pytest.mark.parametrize("name", ["model.level_embed", "transformer.level_embed", "roi_heads.box_head.fc6.bias"])
 def test_names_of_wrappers_around_a_model_are_left_out(tmp_path: Path, wrapper: str, name: str):
     wrapped = {f"{wrapper}{name}": torch.zeros(2), f"{wrapper}class_embed.0.bias": torch.zeros(2)}
-    wrapped["total_ops"] = torch.zeros(1)
+    wrapped |= {"total_ops": torch.zeros(1), "criterion.empty_weight": torch.zeros(2)}
     torch.save(wrapped, tmp_path / "x.pth")
     safetensors.torch.save_file(wrapped, tmp_path / "x.safetensors")
     for file in ("x.pth", "x.safetensors"):
@@ -98,7 +98,14 @@ def test_names_of_wrappers_around_a_model_are_left_out(tmp_path: Path, wrapper: 
 
 
 @pytest.mark.parametrize(
-    "names", [["module.a", "b"], ["model.backbone.a", "model.level_embed"], ["total_ops", "module.total_params"], []]
+    "names",
+    [
+        ["module.a", "b"],
+        ["model.backbone.a", "model.level_embed"],
+        ["total_ops", "module.total_params"],
+        ["criterion.a", "b"],
+        [],
+    ],
 )
 def test_what_is_not_before_every_name_or_belongs_to_the_model_stays(tmp_path: Path, names: list[str]):
     torch.save({name: torch.zeros(1) for name in names}, tmp_path / "x.pth")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddetr_cli.errors import UsageError
+from ddetr_cli.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -115,7 +115,7 @@ class EvalScores:
         from ddetr_cli.evaluate.run import predict_images
         from ddetr_cli.inference.predictor import Predictor
 
-        mapping = map_classes(model.classes, self._ground_truth.categories)
+        mapping = map_classes(model.classes, self._ground_truth.categories, mismatch=CheckpointError)
         predictor = Predictor(model, device=device, precision=precision)
         results = predict_images(predictor, self._ground_truth, self._images, mapping, map_missing="drop")
         detections = [detection for result in results for detection in result.detections]

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class Box(NamedTuple):
-    """Corners in pixels of the upright picture: x to the right, y down. Not clipped to the picture."""
+    """Corners in pixels of the upright picture: x to the right, y down. Not clipped to the picture,
+    but for those of Faster R-CNN."""
 
     x1: float
     y1: float

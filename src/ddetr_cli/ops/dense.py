@@ -48,11 +48,22 @@ def huge_buffer(size: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+def _find_malloc_trim() -> Any:
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # what Windows says of None
+        return None
+    trim.restype, trim.argtypes = ctypes.c_int, [ctypes.c_size_t]
+    return trim
+
+
+_MALLOC_TRIM = _find_malloc_trim()
+
+
 def return_free_memory() -> None:
     """Give the system what glibc keeps of freed memory; other C libraries keep little. Takes milliseconds."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if _MALLOC_TRIM is not None:
+        _MALLOC_TRIM(0)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ddetr_cli.weights.reader import StoredFile
 MODEL_TYPES = {DEFORMABLE_DETR: "deformable_detr", DETR: "detr"}
 # Where ``export`` keeps what the files of others have no place for: category ids, and the short side in pixels.
 CLASSES_KEY, IMAGE_SIZE_KEY = "ddetr_classes", "ddetr_image_size"
-# A size rule of transformers' other than one of the short side, in its own words.
+# A size rule of transformers' other than ours (the short side, and at most 1333/800 of it), in its own words.
 OTHER_SIZE_KEY = "ddetr_other_size"
 
 
@@ -27,11 +27,27 @@ def facts_about(stored: StoredFile, *, hugging_face_family: str | None) -> dict[
     config = _json_beside(stored.path, "config.json")
     if config.get("model_type") != MODEL_TYPES[hugging_face_family]:
         return facts
-    size = _json_beside(stored.path, "preprocessor_config.json").get("size")
-    short = size.get("shortest_edge") if isinstance(size, dict) else size
-    if isinstance(size, dict) and short is None:
-        config[OTHER_SIZE_KEY] = ", ".join(f"{key} {value}" for key, value in size.items())[:100]
-    return {**facts, **config, **_of_trunk(config)} | ({IMAGE_SIZE_KEY: short} if isinstance(short, int) else {})
+    return {**facts, **config, **_of_size(_json_beside(stored.path, "preprocessor_config.json")), **_of_trunk(config)}
+
+
+def _of_size(processor: Mapping[str, Any]) -> dict[str, Any]:
+    """The size of pictures by transformers' processor, and its rule in its own words where ours is another."""
+    size = processor.get("size")
+    if isinstance(size, int):
+        size = {"shortest_edge": size, "longest_edge": processor.get("max_size")}
+    if not isinstance(size, dict):
+        return {}
+    short, longest = size.get("shortest_edge"), size.get("longest_edge")
+    found: dict[str, Any] = {IMAGE_SIZE_KEY: short} if isinstance(short, int) else {}
+    if short is None or (
+        isinstance(short, int) and isinstance(longest, int) and abs(longest - short * 1333 // 800) > 1
+    ):
+        found[OTHER_SIZE_KEY] = ", ".join(f"{key} {value}" for key, value in size.items())[:100]
+    return found
+
+
+# Of transformers' own ResNet; its tensors are the same either way.
+_ARITHMETIC_OF_TRUNK = ("hidden_act", "downsample_in_first_stage", "downsample_in_bottleneck")
 
 
 def _of_trunk(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,15 +55,17 @@ def _of_trunk(config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part in (config.get("backbone_config"), config.get("backbone_kwargs")):
         if isinstance(part, dict):
-            found |= {key: part[key] for key in ("hidden_act", "downsample_in_bottleneck") if key in part}
+            found |= {key: part[key] for key in _ARITHMETIC_OF_TRUNK if key in part}
             found |= {"dilation": True} if part.get("output_stride") == 16 else {}
+            if part.get("output_stride") not in (None, 16, 32):
+                found["output_stride"] = part["output_stride"]
     return found
 
 
 def other_model_type(path: Path) -> str | None:
     """What the ``config.json`` beside a file calls its model, where that is none of transformers' read here."""
     declared = _json_beside(path, "config.json").get("model_type")
-    return declared[:40] if isinstance(declared, str) and declared not in MODEL_TYPES.values() else None
+    return declared[:40] if isinstance(declared, str) and declared not in ("", *MODEL_TYPES.values()) else None
 
 
 def class_table(count: int, facts: Mapping[str, Any], *, is_contiguous: bool) -> ClassTable:

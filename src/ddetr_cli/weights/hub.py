@@ -205,6 +205,12 @@ def _download(hub_id: str) -> Path:
             continue
         if name in HUB_FILES:
             return path
+    for name in HUB_FILES:
+        try:
+            hf_hub_download(hub_id, f"{name}.index.json", etag_timeout=TIMEOUT_S)
+        except EntryNotFoundError:
+            continue
+        raise FileNotFoundError(f"{hub_id} is in several pieces, and only one whole file is read")
     raise FileNotFoundError(f"{hub_id} has neither {' nor '.join(HUB_FILES)}")
 
 

@@ -23,8 +23,8 @@ from ddetr_cli.model.detector import DetectionModel
 from ddetr_cli.presets import DEFORMABLE_DETR, PRESETS, ModelConfig, get_preset
 from ddetr_cli.weights import layouts
 from ddetr_cli.weights.checkpoint import parse_header
-from ddetr_cli.weights.facts import OTHER_SIZE_KEY, class_table, facts_about, other_model_type
-from ddetr_cli.weights.hub import PUBLISHED, Announce, Found, find_model
+from ddetr_cli.weights.facts import IMAGE_SIZE_KEY, OTHER_SIZE_KEY, class_table, facts_about, other_model_type
+from ddetr_cli.weights.hub import HUB_FILES, PUBLISHED, Announce, Found, find_model
 from ddetr_cli.weights.reader import StoredFile, read_file
 from ddetr_cli.weights.recognition import config_of, describe, describe_foreign
 
@@ -123,11 +123,13 @@ def _read(found: Found, preset: str | None) -> _Weights:
         return _Weights(stored.tensors, config, header.classes, layouts.OURS, (), (), stored)
 
     recognised = layouts.recognise(stored.tensors)
-    other = other_model_type(stored.path) if recognised is None or recognised[0] == layouts.HUGGING_FACE else None
-    if recognised is None or other is not None:
-        what = describe_foreign(stored.tensors) if other is None else f"config.json calls it {other!r}"
+    # Beside a file of another name, the configuration may be another model's.
+    other = other_model_type(stored.path) if stored.path.name in HUB_FILES else None
+    if recognised is None or (recognised[0] == layouts.HUGGING_FACE and other is not None and preset is None):
+        what = [describe_foreign(stored.tensors)] if recognised is None else []
+        what += [] if other is None else [f"{stored.path.with_name('config.json')} calls it {other!r}"]
         raise CheckpointError(
-            f"{stored.path}: not a model read here ({what}). "
+            f"{stored.path}: not a model read here ({'; '.join(what)}). "
             "Give a Deformable DETR, a DETR or torchvision's Faster R-CNN."
         )
     layout, family = recognised
@@ -154,7 +156,13 @@ def _read(found: Found, preset: str | None) -> _Weights:
     if OTHER_SIZE_KEY in facts:
         notes.append(
             f"was made for pictures of {facts[OTHER_SIZE_KEY]} (preprocessor_config.json), a rule not followed here: "
-            f"the short side is {config.image_size} px unless --image-size says otherwise"
+            f"the short side is {config.image_size} px unless --image-size says otherwise, the long one at most "
+            "1333/800 of it"
+        )
+    elif layout == layouts.HUGGING_FACE and IMAGE_SIZE_KEY not in facts and found.preset is None and preset is None:
+        notes.append(
+            "nothing beside the file says what size its pictures had: the short side is "
+            f"{config.image_size} px unless --image-size says otherwise"
         )
     ignored = tuple(name for name in stored.tensors if layouts.is_counter(name))
     classes = class_table(config.classes, facts, is_contiguous=layout in (layouts.DETREX, layouts.MMDETECTION))

@@ -154,10 +154,10 @@ def _plain(path: Path, name: Any, value: Any) -> Tensor:
         raise CheckpointError(
             f"{path}: holds {str(name)[:80]!r} of type {type(value).__name__} among its weights. Give a checkpoint."
         )
-    if value.layout != torch.strided or value.is_quantized or value.is_meta or value.dtype not in _DTYPES:
-        raise CheckpointError(
-            f"{path}: tensor {name[:80]!r} is sparse, quantized or of {value.dtype}. Give plain weights."
-        )
+    is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    if not is_plain or value.dtype not in _DTYPES:
+        what = f"of {value.dtype}" if is_plain else "sparse, quantized or without numbers"
+        raise CheckpointError(f"{path}: tensor {name[:80]!r} is {what}. Give plain weights.")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise CheckpointError(
             f"{path}: tensor {name[:80]!r} claims {value.numel() * value.element_size()} bytes and stores "

@@ -25,8 +25,8 @@ from ddetr_cli.weights.layouts.names import is_counter
 MAX_BYTES = 8 << 30
 _LFS = b"version https://git-lfs"
 # What DistributedDataParallel, torch.compile and Lightning put before every name. Every name of transformers' own may
-# begin with "model." too, but nothing there goes on like this.
-_WRAPPER = re.compile(r"module\.|_orig_mod\.|model\.(?=model\.|transformer\.|module\.|_orig_mod\.)")
+# begin with "model." too, but nothing there goes on like this. Lightning keeps a loss beside the model.
+_WRAPPER = re.compile(r"module\.|_orig_mod\.|model\.(?=(model|transformer|roi_heads|module|_orig_mod)\.)")
 _MOST_WRAPPERS = 3
 
 
@@ -66,11 +66,15 @@ def file_sha256(path: Path) -> str:
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without the names of wrappers that stand before every weight's, one in another."""
     for _ in range(_MOST_WRAPPERS):
-        weights = [name for name in tensors if not is_counter(name)]
+        weights = [name for name in tensors if not is_counter(name) and not name.startswith("criterion.")]
         wrapper = next((match[0] for name in weights if (match := _WRAPPER.match(name))), None)
         if wrapper is None or not all(name.startswith(wrapper) for name in weights):
             break
-        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+        tensors = {
+            name.removeprefix(wrapper): tensor
+            for name, tensor in tensors.items()
+            if not name.startswith("criterion.")
+        }
     return tensors
 
 

@@ -50,6 +50,8 @@ _ARITHMETIC = {
     # Of the trunk, where it is transformers' own ResNet.
     "hidden_act": "relu",
     "downsample_in_bottleneck": False,
+    "downsample_in_first_stage": False,
+    "output_stride": 32,
 }
 _LIMITS = {
     "levels": (1, 8), "hidden_dim": (32, 4096), "heads": (1, 64), "points": (1, 64), "encoder_layers": (1, 64),

@@ -51,7 +51,7 @@ class FastDetector:
         self.engine_name = engine.name
         self._model, self._engine = model, engine
         config = model.config
-        # Packing leaves twice the weights behind in freed memory, which would count as ours to the end.
+        # Packing frees more than it keeps, and glibc would hold on to that to the end.
         self._trunk = Trunk(engine, model.backbone, list(model.input_proj))
         return_free_memory()
         self._encoder, self._decoder = Encoder(engine, model), Decoder(engine, model)
