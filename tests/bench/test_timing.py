@@ -20,10 +20,24 @@ class Clock:
         self.now += seconds
 
 
-def test_rounds_take_turns_and_each_begins_with_another() -> None:
+def orders(rounds: int) -> list[str]:
+    """In which order ``a``, ``b``, ``c`` and ``d`` run, round by round."""
     order: list[str] = []
-    time_interleaved({name: lambda name=name: order.append(name) for name in "abc"}, rounds=4)
-    assert "".join(order) == "abcbcacababc"
+    time_interleaved({name: lambda name=name: order.append(name) for name in "abcd"}, rounds=rounds)
+    return ["".join(order[i : i + 4]) for i in range(0, len(order), 4)]
+
+
+def test_every_round_runs_everyone_once_and_each_begins_with_another() -> None:
+    found = orders(8)
+    assert all(sorted(order) == list("abcd") for order in found)
+    assert "".join(order[0] for order in found) == "abcdabcd"
+
+
+def test_nobody_always_follows_the_same_one_and_the_order_is_the_same_each_time() -> None:
+    found = orders(12)
+    followers = {name: {order[order.index(name) + 1] for order in found if order[-1] != name} for name in "abcd"}
+    assert all(len(others) > 1 for others in followers.values())
+    assert found == orders(12)
 
 
 def test_everyone_gets_the_seconds_of_its_own_runs_in_the_order_they_were_named() -> None:

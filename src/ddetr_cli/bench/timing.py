@@ -7,6 +7,7 @@ made of two runs of one round, never of two figures from different minutes.
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -117,14 +118,18 @@ def time_interleaved(
 ) -> dict[str, Samples]:
     """Seconds of one call of each of ``runs``, over ``rounds`` rounds.
 
-    Every round begins with another one. A run returns when its result is there; on a GPU it has to wait for it.
-    ``repeats`` says how often a short one is called for one sample, which is then their mean. ``on_run`` is called
-    after every sample, outside the time.
+    Every round begins with another one, and the others follow in an order that changes from round to round, so that
+    nobody always runs in the caches that the same predecessor left; it is the same each time. A run returns when its
+    result is there; on a GPU it has to wait for it. ``repeats`` says how often a short one is called for one sample,
+    which is then their mean. ``on_run`` is called after every sample, outside the time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for _ in range(rounds):
-        for name in order:
+    names, shuffled = list(runs), random.Random(0)
+    for turn in range(rounds if names else 0):
+        first = names[turn % len(names)]
+        others = [name for name in names if name != first]
+        shuffled.shuffle(others)
+        for name in [first, *others]:
             count = 1 if repeats is None else repeats[name]
             start = clock()
             for _ in range(count):
@@ -132,8 +137,6 @@ def time_interleaved(
             seconds[name].append((clock() - start) / count)
             if on_run is not None:
                 on_run()
-        # Nobody always runs in the caches that the same predecessor left.
-        order = order[1:] + order[:1]
     return {name: Samples(tuple(values)) for name, values in seconds.items()}
 
 
