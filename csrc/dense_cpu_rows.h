@@ -34,7 +34,7 @@ DDETR_INLINE void store_element(FloatVec v, Bfloat16* to) {
 #endif
 }
 
-// Two vectors side by side. A panel is as wide, and so is a cache line of bfloat16 or half a one of floats.
+// Two vectors side by side, which is a panel.
 DDETR_INLINE void store_pair(FloatVec a, FloatVec b, float* to, bool past_caches) {
     if (past_caches) {
         store_past_caches(a, to);

@@ -9,8 +9,11 @@ import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+
+from ddetr_cli.ops import kernels
 
 Unit = tuple[Path, tuple[str, ...]]  # a file, and flags of its own
 
@@ -18,8 +21,8 @@ Unit = tuple[Path, tuple[str, ...]]  # a file, and flags of its own
 class Builder:
     """Compiles as many files at a time as there are cores, and links; keeps the object files."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, is_required: bool) -> None:
+        self.folder, self.is_required = folder, is_required
         self.numbers = itertools.count()
         self.made: dict[tuple[str, ...], Path] = {}
 
@@ -29,7 +32,7 @@ class Builder:
         """The program of ``units``, which all have ``flags`` too."""
         compiler = compiler or shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
         if compiler is None:
-            pytest.skip("no C++ compiler")
+            self._lack("no C++ compiler")
         # Of what a debugger knows only the lines, for the reports of sanitizers: all of it doubles the time.
         commands = [(compiler, "-g1", *flags, *own, "-c", str(file)) for file, own in units]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -39,11 +42,19 @@ class Builder:
             command = [compiler, *flags, *objects, *libraries, "-o", str(to)]
             linked = subprocess.run(command, capture_output=True, text=True)
             errors = [linked.stderr] if linked.returncode != 0 else []
+            if any("cannot find" in said for said in errors):
+                self._lack(f"this compiler has no libraries for {' '.join(flags)}: {errors[0][:200]}")
         for said in filter(None, errors):
-            if "cannot find" in said or "unrecognized" in said:
-                pytest.skip(f"this compiler has no {' '.join(flags)}: {said[:200]}")
+            if "unrecognized" in said and ("option" in said or "argument" in said):
+                self._lack(f"this compiler has no {' '.join(flags)}: {said[:200]}")
             pytest.fail(said)
         return to
+
+    def _lack(self, reason: str) -> NoReturn:
+        """Skip, or fail where the native kernels are required: what built them builds these too."""
+        if self.is_required:
+            pytest.fail(reason)
+        pytest.skip(reason)
 
     def _compile(self, command: tuple[str, ...]) -> str:
         """What the compiler says where it fails."""
@@ -57,6 +68,7 @@ class Builder:
 
 
 @pytest.fixture(scope="session")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+def builder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Builder:
     """Builds C++ programs."""
-    return Builder(tmp_path_factory.mktemp("objects"))
+    is_required = request.config.getoption("--require-native") or kernels.is_native_required()
+    return Builder(tmp_path_factory.mktemp("objects"), is_required=is_required)

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 
 class Box(NamedTuple):
-    """Corners in pixels of the upright picture: x to the right, y down. Not clipped to the picture,
-    but for those of Faster R-CNN."""
+    """Corners in pixels of the upright picture: x to the right, y down. Only Faster R-CNN's are clipped to it."""
 
     x1: float
     y1: float
