@@ -94,7 +94,8 @@ int32_t ddetr_dense_engine(int32_t dtype, int32_t isa) {
     bool has_tiles = false;
 #ifdef DDETR_HAVE_AMX
     if (best == DDETR_ISA_AVX512) {
-        has_tiles = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+        has_tiles = isa == DDETR_ISA_BEST && __builtin_cpu_supports("amx-tile") &&
+                    __builtin_cpu_supports("amx-bf16") && may_use_tiles();
         if (dtype == DDETR_DTYPE_BF16 && __builtin_cpu_supports("avx512bf16")) {
             return has_tiles ? DDETR_ENGINE_BF16_AMX : DDETR_ENGINE_BF16_AVX512;
         }
@@ -105,6 +106,17 @@ int32_t ddetr_dense_engine(int32_t dtype, int32_t isa) {
     if (dtype == DDETR_DTYPE_F32 && best == DDETR_ISA_AVX2) return DDETR_ENGINE_F32_AVX2;
 #endif
     return dtype == DDETR_DTYPE_F32 || dtype == DDETR_DTYPE_BF16 ? DDETR_ERROR_ISA : DDETR_ERROR_DTYPE;
+}
+
+int32_t ddetr_dense_gains_by_bf16(int32_t isa) {
+#ifdef DDETR_HAVE_AMX
+    const int32_t engine = ddetr_dense_engine(DDETR_DTYPE_BF16, isa);
+    if (engine == DDETR_ENGINE_BF16_AMX) return 1;
+    return engine == DDETR_ENGINE_BF16_AVX512 && !__builtin_cpu_is("intel");
+#else
+    static_cast<void>(isa);
+    return 0;
+#endif
 }
 
 int32_t ddetr_dense_engine_form(int32_t engine, ddetr_engine_form* form) {

@@ -1,4 +1,4 @@
-"""A part of the suite as it runs elsewhere: without AVX-512, on portable code alone, in a pure-Python install."""
+"""A part of the suite as it runs elsewhere: without AMX or AVX-512, on portable code alone, without native code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_part(repository: Path, environment: dict[str, str], folder: Path) -> Non
 
 
 @pytest.mark.usefixtures("require_native")
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_it_passes_on_a_processor_that_has_no_more_than(isa: str, repository: Path, tmp_path: Path) -> None:
     installed = native.cpu_kernels()
     assert installed is not None

@@ -110,8 +110,13 @@ typedef struct ddetr_group_norm {
 } ddetr_group_norm;
 
 /* The best engine here for a storage type (DDETR_DTYPE_F32 or BF16) with instructions up to `isa`, or
- * DDETR_ERROR_ISA. Asks the system for the use of AMX where that is the one. */
+ * DDETR_ERROR_ISA. AMX is only among DDETR_ISA_BEST; where it is the one, the system is asked for its use. */
 DDETR_API int32_t ddetr_dense_engine(int32_t dtype, int32_t isa);
+
+/* Whether that engine for bfloat16 multiplies faster than the one for float: 1 or 0. AMX does; AVX512_BF16 does at
+ * twice the rate on AMD's processors, but at half of it on Intel's, which issue one such instruction in two cycles.
+ */
+DDETR_API int32_t ddetr_dense_gains_by_bf16(int32_t isa);
 
 DDETR_API int32_t ddetr_dense_engine_form(int32_t engine, ddetr_engine_form* form);
 

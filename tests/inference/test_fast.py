@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddetr_cli.inference.fast import FastDetector, accelerate
+from ddetr_cli.inference.fast import FastDetector, accelerate, best_precision
 from ddetr_cli.model.build import build_detector
 from ddetr_cli.model.detector import DeformableDetr
 from ddetr_cli.ops import native
@@ -186,6 +186,17 @@ def test_packing_leaves_little_more_in_memory_than_what_it_packs() -> None:
     grown, packed = done.stdout.split()
     assert int(packed) > 100 << 20
     assert int(grown) < 1.5 * int(packed) + (64 << 20)  # a huge page is not always full
+
+
+@pytest.mark.usefixtures("require_native")
+@pytest.mark.parametrize("is_gain", [False, True])
+def test_sixteen_bits_are_chosen_only_where_they_are_faster(
+    is_gain: bool, tiny: DeformableDetr, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dense_engine(torch.bfloat16) is None:
+        pytest.skip("this processor or this build multiplies no bfloat16")
+    monkeypatch.setattr("ddetr_cli.inference.fast.detector.gains_by_bf16", lambda: is_gain)
+    assert best_precision(tiny) == ("bf16" if is_gain else "fp32")
 
 
 def test_without_native_kernels_there_is_no_fast_path(tiny: DeformableDetr, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddetr_cli.errors import KernelError
 from ddetr_cli.ops import dense, dense_abi, native
-from ddetr_cli.ops.dense import DenseEngine, Map, dense_engine
+from ddetr_cli.ops.dense import DenseEngine, Map, dense_engine, gains_by_bf16
 
 C_TYPES = {
     "int32_t": ctypes.c_int32,
@@ -333,6 +333,36 @@ def test_fp32_products_are_as_exact_as_floats_allow(bench: Bench) -> None:
     assert ((to.double() - exact).abs() / sizes).max().item() <= 4 * 2**-24
 
 
+@pytest.mark.usefixtures("require_native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_amx_is_left_out_where_no_more_than_avx512_is_wanted(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed, best = native.cpu_kernels(), dense_engine(dtype)
+    assert installed is not None
+    if best is None or not best.name.endswith("AMX"):
+        pytest.skip("this processor or this build has no AMX")
+    monkeypatch.setattr(native, "cpu_kernels", lambda: replace(installed, limit="avx512"))
+    limited = dense_engine(dtype)
+    assert limited is not None
+    assert limited.name == best.name.replace("AMX", "AVX-512")
+
+
+@pytest.mark.usefixtures("require_native")
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="no Linux")
+@pytest.mark.parametrize("limit", ["best", "avx512", "avx2"])
+def test_bf16_is_a_gain_with_amx_and_on_amds_processors(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = native.cpu_kernels()
+    assert installed is not None
+    if installed.library.ddetr_cpu_isa(native._ISAS[limit]) < 0:
+        pytest.skip(f"this processor or this build has no {limit}")
+    monkeypatch.setattr(native, "cpu_kernels", lambda: replace(installed, limit=limit))
+    engine = dense_engine(torch.bfloat16)
+    is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    assert gains_by_bf16() == (engine is not None and (engine.name == "bf16 AMX" or not is_intel))
+
+
 def test_without_native_kernels_there_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "cpu_kernels", lambda: None)
     assert dense_engine(torch.float32) is None
+    assert not gains_by_bf16()

@@ -26,7 +26,7 @@ from ddetr_cli.bench.tables import Listener, Table, middle_half, milliseconds, p
 from ddetr_cli.bench.timing import Samples, noise_notes, time_interleaved
 from ddetr_cli.errors import UsageError
 from ddetr_cli.model.detector import DetectionModel, DetectorOutput
-from ddetr_cli.ops.dense import dense_engine
+from ddetr_cli.ops.dense import gains_by_bf16
 from ddetr_cli.presets import DEFORMABLE_DETR, DETR, PRESETS
 
 OBJECTS = 7  # in every picture: COCO's mean
@@ -167,7 +167,7 @@ def measure_training(options: BenchOptions, steps: TrainingSteps, listener: List
 
 def _compare(name: str, options: BenchOptions, steps: TrainingSteps, listener: Listener) -> TrainingSection:
     pixels = random_pixels(options.size_hw, options.batch_size)
-    best = "fp32" if dense_engine(torch.bfloat16) is None else "bf16"
+    best = "bf16" if gains_by_bf16() else "fp32"
     precisions = dict.fromkeys(best if precision == "auto" else precision for precision in options.precisions)
     missing = missing_packages(TRANSFORMERS_FP32)
     absent = {"transformers": f"not installed: {', '.join(missing)}"} if missing else {}

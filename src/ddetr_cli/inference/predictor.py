@@ -61,7 +61,7 @@ class Weighted(Protocol):
 class Predictor:
     """A model on a device, ready for pictures. ``loaded.model`` itself is moved to the device.
 
-    ``precision`` auto is fp32, or bf16 on a CPU that multiplies in it (``fast.best_precision``). On a CPU a model
+    ``precision`` auto is fp32, or bf16 on a CPU that is faster in it (``fast.best_precision``). On a CPU a model
     that ``fast.accelerate`` takes runs there, with its weights as they are now; elsewhere bf16 and fp16 run under
     autocast. Scores and boxes are always computed in fp32. ``image_size`` is the short side the model sees, its own
     by default; the long side is capped at 1333/800 of it, by the size rule of the authors or, with ``preprocess``

@@ -82,6 +82,7 @@ _CREW = ctypes.POINTER(Crew)
 # function: (result, arguments)
 PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "ddetr_dense_engine": (I32, [I32, I32]),
+    "ddetr_dense_gains_by_bf16": (I32, [I32]),
     "ddetr_dense_engine_form": (I32, [I32, ctypes.POINTER(EngineForm)]),
     "ddetr_dense_product": (I32, [ctypes.POINTER(Product), _CREW]),
     "ddetr_dense_scratch_bytes": (I64, [I32, I64, I64]),

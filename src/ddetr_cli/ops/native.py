@@ -74,6 +74,7 @@ class CpuKernels:
     isa: str
     library: ctypes.CDLL
     parallel_for: int | None  # address of libtorch's, so that the kernels run in torch's own thread pool
+    limit: str = "best"  # what DDETR_CPU_ISA allows: of the dense layers' AMX, only ``best``
 
     def forward(self, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor) -> Tensor:
         _, queries, _, levels, points, _ = sampling_xy.shape
@@ -264,7 +265,7 @@ def _load_cpu() -> CpuKernels | None:
     if isa < 0:
         raise KernelError(f"DDETR_CPU_ISA={wanted}: not on this processor or not in this build. Leave it unset.")
     names = {number: name for name, number in _ISAS.items()}
-    return CpuKernels(path, names[isa], library, _torch_parallel_for())
+    return CpuKernels(path, names[isa], library, _torch_parallel_for(), wanted)
 
 
 def load(path: Path, prototypes: Prototypes) -> ctypes.CDLL:
