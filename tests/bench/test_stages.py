@@ -75,8 +75,28 @@ def test_the_parts_of_the_model_have_their_names_on_the_fast_path_too(section: S
 def test_the_model_is_its_parts_and_the_post_processing() -> None:
     taken = {"image decoding": 64, "preprocessing": 32, "backbone": 16, "rest of the model": 8, "post-processing": 4}
     stages = {name: Samples((float(seconds),)) for name, seconds in (taken | {"drawing": 2, "writing": 1}).items()}
-    result = StageResult("m", "fp32", stages, Samples((29.0,)), ModelSize(1, 1, {}), 14.0)
+    result = StageResult(
+        "m", "fp32", stages, Samples((29.0,)), ModelSize(1, 1, {}), Samples((14.0,)), Samples((13.0,))
+    )
     assert result.model_seconds == 28.0
+
+
+def test_a_slow_round_slows_the_model_and_its_floor_alike() -> None:
+    times = {"PyTorch": (1.0, 3.0, 1.0), "fp32 AMX": (0.5, 2.0, 0.5)}
+    ceilings = Ceilings(
+        (64, 64),
+        {
+            f"convolution 3x3 {c}x{h}x{w}, {name}, fp32": Samples(values).scaled(9 * c * c * h * w)
+            for name, values in times.items()
+            for c, h, w in CONVOLUTIONS
+        },
+    )
+    size = ModelSize(1, 1, {"convolution": 4, "deformable": 0})
+    config = get_preset("detr-r50")
+    floors = [ceilings.floor(config, size, "fp32", by) for by in ("", "PyTorch")]
+    assert [floor.values for floor in floors] == [pytest.approx((2.0, 8.0, 2.0)), pytest.approx((4.0, 12.0, 4.0))]
+    result = StageResult("m", "fp32", {}, Samples((4.0, 16.0, 4.0)), size, *floors)
+    assert result.floor_share.values == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_every_stage_has_a_sample_of_every_round(section: StagesSection) -> None:
@@ -116,8 +136,8 @@ def test_the_floor_is_flops_at_the_best_convolution_and_the_encoders_op(monkeypa
     assert ceilings.peak("fp32") == pytest.approx(1e9)
     assert ceilings.peak_of("fp32") == "PyTorch"
     size = ModelSize(1, 1, {"convolution": 3_000_000_000, "linear": 1_000_000_000, "deformable": 77})
-    assert ceilings.floor(config, size, "fp32") == pytest.approx(4.0 + 6 * 0.25)
-    assert ceilings.floor(get_preset("detr-r50"), size, "fp32") == pytest.approx(4.0)
+    assert ceilings.floor(config, size, "fp32").values == pytest.approx([4.0 + 6 * 0.25])
+    assert ceilings.floor(get_preset("detr-r50"), size, "fp32").values == pytest.approx([4.0])
 
 
 def test_the_peak_is_that_of_the_engine_that_inference_runs_on_where_it_is_higher() -> None:

@@ -46,10 +46,12 @@ def test_everyone_gets_the_seconds_of_its_own_runs_in_the_order_they_were_named(
         {"slow": lambda: clock.wait(2.0), "fast": lambda: clock.wait(0.5)},
         rounds=2,
         on_run=lambda: clock.wait(100.0),  # must not be counted
+        on_round=lambda: clock.wait(1000.0),
         clock=clock,
     )
     assert list(found) == ["slow", "fast"]
     assert found == {"slow": Samples((2.0, 2.0)), "fast": Samples((0.5, 0.5))}
+    assert clock.now == 2 * (2.5 + 2 * 100 + 1000)
 
 
 def test_a_repeated_run_gives_the_mean_of_its_calls() -> None:

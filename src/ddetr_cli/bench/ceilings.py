@@ -38,30 +38,34 @@ class Ceilings:
     size_hw: tuple[int, int]
     times: dict[str, Samples]
 
-    def peak(self, precision: str) -> float:
-        """Multiply-adds per second of the best convolution in ``precision``."""
-        return max(self._rates(precision).values())
+    def peak(self, precision: str, by: str = "") -> float:
+        """Multiply-adds per second of the best convolution in ``precision``, anybody's or that of ``by``."""
+        return 1 / self._best(precision, by)[1].median
 
     def peak_of(self, precision: str) -> str:
         """Whose convolution that is: PyTorch's, or an engine of ours by its name."""
-        rates = self._rates(precision)
-        return max(rates, key=lambda name: rates[name]).split(", ")[1]
+        return self._best(precision)[0].split(", ")[1]
 
-    def _rates(self, precision: str) -> dict[str, float]:
-        return {
-            name: _convolution_flops(shape) / samples.median
+    def _best(self, precision: str, by: str = "") -> tuple[str, Samples]:
+        """The best convolution's name, and its seconds per multiply-add."""
+        seconds = {
+            name: samples.scaled(1 / _convolution_flops(shape))
             for shape in CONVOLUTIONS
             for name, samples in self.times.items()
-            if name.startswith(_convolution_name(shape, "")) and name.endswith(f" {precision}")
+            if name.startswith(_convolution_name(shape, by)) and name.endswith(f" {precision}")
         }
+        return min(seconds.items(), key=lambda named: named[1].median)
 
-    def floor(self, config: ModelConfig, size: ModelSize, precision: str) -> float:
-        """Seconds that a model of ``size`` (counted at the same picture size) cannot be faster than."""
-        deformable = size.flops_by_operation["deformable"]
-        seconds = (size.flops - deformable) / self.peak(precision)
+    def floor(self, config: ModelConfig, size: ModelSize, precision: str, by: str = "") -> Samples:
+        """Seconds, round by round, that a model of ``size`` (counted at the same picture size) cannot be faster than.
+
+        ``by``: PYTORCH for the rate of its convolutions alone.
+        """
+        floor = self._best(precision, by)[1].scaled(size.flops - size.flops_by_operation["deformable"])
         if config.family == DEFORMABLE_DETR:
-            seconds += config.encoder_layers * self.times[_msda_name(config, precision)].median
-        return seconds
+            op = self.times[_msda_name(config, precision)].scaled(config.encoder_layers)
+            floor = Samples(tuple(a + b for a, b in zip(floor.values, op.values, strict=True)))
+        return floor
 
     @property
     def copy_rate(self) -> float:

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddetr_cli.bench.ceilings import Ceilings, ceiling_probes
+from ddetr_cli.bench.ceilings import PYTORCH, Ceilings, ceiling_probes
 from ddetr_cli.bench.clock import REST, PartClock, model_parts
 from ddetr_cli.bench.flops import ModelSize, measure_size
 from ddetr_cli.bench.options import STAGES, BenchOptions
 from ddetr_cli.bench.subjects import BenchModel, Subject
-from ddetr_cli.bench.tables import Listener, Table, milliseconds
+from ddetr_cli.bench.tables import Listener, Table, milliseconds, percent
 from ddetr_cli.bench.timing import Samples, noise_notes, time_interleaved, warm_up
 from ddetr_cli.classes import ClassTable
 from ddetr_cli.data.images import read_image
@@ -40,7 +40,8 @@ DRAWN_BOXES = 20
 
 _FLOOR_NOTE = (
     "floor: multiply-adds at the rate of the best convolution, PyTorch's or of the engine that inference runs on, "
-    "and the encoder's deformable attention at its rate on a cached value, all measured in the same rounds"
+    "and the encoder's deformable attention at its rate on a cached value; floor / time: of each round, with "
+    "quartiles; by PyTorch's: the same by the rate of its convolutions alone"
 )
 
 
@@ -74,7 +75,8 @@ class StageResult:
     stages: dict[str, Samples]
     whole: Samples  # prepared picture to detections, no stopwatch inside
     size: ModelSize
-    floor: float
+    floor: Samples
+    pytorch_floor: Samples  # by the convolutions of PyTorch alone
 
     @property
     def model_seconds(self) -> float:
@@ -82,9 +84,9 @@ class StageResult:
         return sum(taken.median for stage, taken in self.stages.items() if stage not in (*BEFORE_MODEL, *AFTER_MODEL))
 
     @property
-    def floor_share(self) -> float:
-        """The floor as a share of the time taken: 1 is perfect."""
-        return self.floor / self.whole.median
+    def floor_share(self) -> Samples:
+        """The floor as a share of the time taken in the same round: 1 is perfect."""
+        return self.floor.over(self.whole)
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,9 @@ class StagesSection:
                     "stages": {stage: samples.to_json() for stage, samples in result.stages.items()},
                     "model": result.whole.to_json(),
                     "flops": result.size.flops,
-                    "floor_s": result.floor,
-                    "floor_share": result.floor_share,
+                    "floor": result.floor.to_json(),
+                    "floor_share": result.floor_share.to_json(),
+                    "floor_share_by_pytorch": result.pytorch_floor.over(result.whole).to_json(),
                 }
                 for result in self.results
             ],
@@ -137,12 +140,13 @@ class StagesSection:
                 f"{result.size.flops / 1e9:.1f}",
                 f"{self.ceilings.peak(result.precision) / 1e9:.0f}",
                 self.ceilings.peak_of(result.precision),
-                milliseconds(result.floor),
-                f"{result.floor_share:.0%}",
+                milliseconds(result.floor.median),
+                percent(result.floor_share),
+                percent(result.pytorch_floor.over(result.whole)),
             )
             for label, result in zip(labels, self.results, strict=True)
         )
-        whole = {label: result.whole for label, result in zip(labels, self.results, strict=True)}
+        shares = {label: result.floor_share for label, result in zip(labels, self.results, strict=True)}
         return [
             Table(
                 f"stages of one picture of {height}x{width}, one after the other",
@@ -160,9 +164,18 @@ class StagesSection:
             ),
             Table(
                 "model against its floor",
-                ("model", "median ms", "GFLOPs", "peak GFLOP/s", "reached by", "floor ms", "floor / time"),
+                (
+                    "model",
+                    "median ms",
+                    "GFLOPs",
+                    "peak GFLOP/s",
+                    "reached by",
+                    "floor ms",
+                    "floor / time",
+                    "by PyTorch's",
+                ),
                 floors,
-                notes=(_FLOOR_NOTE, *noise_notes(whole)),
+                notes=(_FLOOR_NOTE, *noise_notes(shares)),
             ),
             self.ceilings.table(),
         ]
@@ -196,24 +209,24 @@ def measure_stages(
                 _one_picture(photo, subject, options.size_hw, device, finisher)  # loads fonts and codecs
             listener.expect((len(calls) + len(subjects)) * options.rounds)
             rounds: list[list[dict[str, float]]] = [[] for _ in subjects]
-            times: dict[str, list[float]] = {name: [] for name in calls}
-            for _ in range(options.rounds):
-                # One round of everything whole, then one with the stopwatch inside.
-                for name, samples in time_interleaved(calls, 1, repeats=repeats, on_run=listener.ran).items():
-                    times[name] += samples.values
+
+            def look_inside() -> None:
                 for subject, finisher, taken in zip(subjects, finishers, rounds, strict=True):
                     taken.append(_one_picture(photo, subject, options.size_hw, device, finisher))
                     listener.ran()
+
+            measured = time_interleaved(
+                calls, options.rounds, repeats=repeats, on_run=listener.ran, on_round=look_inside
+            )
         for finisher in finishers:
             finisher.close()
-    measured = {name: Samples(tuple(values)) for name, values in times.items()}
     ceilings = Ceilings(options.size_hw, {name: measured[name] for name in probes})
     results = []
     for (name, _), subject, taken in zip(runs.items(), subjects, rounds, strict=True):
         size = measure_size(subject.model.model, options.size_hw)
         stages = {stage: Samples(tuple(one.get(stage, 0.0) for one in taken)) for stage in taken[0]}
-        floor = ceilings.floor(subject.model.config, size, subject.precision)
-        results.append(StageResult(subject.model.name, subject.precision, stages, measured[name], size, floor))
+        floors = [ceilings.floor(subject.model.config, size, subject.precision, by) for by in ("", PYTORCH)]
+        results.append(StageResult(subject.model.name, subject.precision, stages, measured[name], size, *floors))
     return StagesSection(options.size_hw, tuple(results), ceilings)
 
 

@@ -84,6 +84,12 @@ def times_as(ratio: Samples) -> str:
     return f"{ratio.median:.2f}x ({low:.2f}-{high:.2f})"
 
 
+def percent(share: Samples) -> str:
+    """A share of one with its quartiles: ``72% (70-73)``."""
+    low, high = share.quartiles
+    return f"{share.median:.0%} ({100 * low:.0f}-{100 * high:.0f})"
+
+
 def peer_notes(versions: Mapping[str, str | None], absent: Mapping[str, str]) -> tuple[str, ...]:
     """With which ``versions`` of others' programs was measured, and why those in ``absent`` were not."""
     installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)

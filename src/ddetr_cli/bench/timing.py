@@ -114,6 +114,7 @@ def time_interleaved(
     *,
     repeats: Mapping[str, int] | None = None,
     on_run: Callable[[], None] | None = None,
+    on_round: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Samples]:
     """Seconds of one call of each of ``runs``, over ``rounds`` rounds.
@@ -121,7 +122,8 @@ def time_interleaved(
     Every round begins with another one, and the others follow in an order that changes from round to round, so that
     nobody always runs in the caches that the same predecessor left; it is the same each time. A run returns when its
     result is there; on a GPU it has to wait for it. ``repeats`` says how often a short one is called for one sample,
-    which is then their mean. ``on_run`` is called after every sample, outside the time.
+    which is then their mean. ``on_run`` is called after every sample and ``on_round`` after every round,
+    outside the time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names, shuffled = list(runs), random.Random(0)
@@ -137,6 +139,8 @@ def time_interleaved(
             seconds[name].append((clock() - start) / count)
             if on_run is not None:
                 on_run()
+        if on_round is not None:
+            on_round()
     return {name: Samples(tuple(values)) for name, values in seconds.items()}
 
 
