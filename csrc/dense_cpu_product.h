@@ -6,8 +6,8 @@
 
 namespace {
 
-// How a product's rows are cut. Where lines follow each other evenly they are taken as one, and the pixels between
-// them, which belong to no output, are computed and dropped.
+// How a product's rows are cut. Where lines follow each other evenly, of both inputs alike, they are taken as one,
+// and the pixels between them, which belong to no output, are computed and dropped.
 struct Cut {
     int64_t lines, width, tiles_per_line, chunks, groups, panels_per_group;
     bool is_folded;
@@ -15,7 +15,8 @@ struct Cut {
 
     explicit Cut(const ddetr_product& p) {
         fold = p.input_pixel > 0 && p.input_line % p.input_pixel == 0 ? p.input_line / p.input_pixel : 0;
-        is_folded = p.lines > 1 && fold >= p.width && fold * 8 <= p.width * 9;
+        is_folded = p.lines > 1 && fold >= p.width && fold * 8 <= p.width * 9 &&
+                    (p.second_depth == 0 || p.second_line == fold * p.second_pixel);
         lines = is_folded ? 1 : p.lines;
         width = is_folded ? (p.lines - 1) * fold + p.width : p.width;
         tiles_per_line = ceil_divide(width, kTileRows);
@@ -76,11 +77,25 @@ struct TilePixels {
     int64_t among(int64_t rows, int64_t taps_x) const { return (rows - 1) * row + (taps_x - 1) * tap + 1; }
 };
 
+// Bytes that a tile's rows of the first input take when they are split; 0: they are not.
+template <typename E>
+int64_t split_bytes(const ddetr_product& p) {
+    return p.taps_y * TilePixels(p).of_a_line * p.depth * E::kSplitBytes;
+}
+
 // Bytes of scratch with which an item is computed faster, for an engine that splits its rows; else 0.
 template <typename E = Engine>
 int64_t product_scratch(const ddetr_product& p) {
-    return kChunkTiles * p.taps_y * TilePixels(p).of_a_line * p.depth * E::kSplitBytes;
+    const int64_t bytes = split_bytes<E>(p);
+    return bytes == 0 ? 0 : kChunkTiles * (bytes + kTileRows * p.second_depth * E::kSplitBytes);
 }
+
+// A tile of a chunk: where it is, its rows of both inputs, and the same split.
+struct ProductTile {
+    int64_t line, first, count;
+    const T *rows, *second;
+    char *split, *second_split;
+};
 
 // An engine that splits its rows does so once for all panels and taps where `slot` has room for them; it is null
 // where not.
@@ -92,44 +107,52 @@ void run_product(const ddetr_product& p, int64_t item, void* slot) {
     const int64_t tile_end = smaller(tile_begin + kChunkTiles, cut.lines * cut.tiles_per_line);
     const int64_t column_begin = item % cut.groups * cut.panels_per_group * kPanel;
     const int64_t column_end = smaller(column_begin + cut.panels_per_group * kPanel, p.columns);
-    const T* input = static_cast<const T*>(p.input);
+    const T *input = static_cast<const T*>(p.input), *second = static_cast<const T*>(p.second);
     const TilePixels pixels(p);
     const bool is_split = slot != nullptr && product_scratch<E>(p) > 0;
     const auto visit_tiles = [&](const auto& visit) {
         char* split = static_cast<char*>(slot);
         for (int64_t tile = tile_begin; tile < tile_end; ++tile, split += product_scratch<E>(p) / kChunkTiles) {
             const int64_t line = tile / cut.tiles_per_line, first = tile % cut.tiles_per_line * kTileRows;
-            visit(line, first, smaller(kTileRows, cut.width - first),
-                  input + line * p.input_line + first * p.input_pixel, split);
+            visit(ProductTile{line, first, smaller(kTileRows, cut.width - first),
+                              input + line * p.input_line + first * p.input_pixel,
+                              second + line * p.second_line + first * p.second_pixel, split,
+                              split + split_bytes<E>(p)});
         }
     };
     if constexpr (E::kSplitBytes > 0) {
         if (is_split) {
-            visit_tiles([&](int64_t, int64_t, int64_t count, const T* at, char* split) {
+            visit_tiles([&](const ProductTile& tile) {
                 for (int64_t y = 0; y < p.taps_y; ++y) {
-                    E::split(at + y * p.tap_line, pixels.step, pixels.among(count, p.taps_x), pixels.of_a_line,
-                             p.depth, split + y * pixels.of_a_line * p.depth * E::kSplitBytes);
+                    E::split(tile.rows + y * p.tap_line, pixels.step, pixels.among(tile.count, p.taps_x),
+                             pixels.of_a_line, p.depth, tile.split + y * split_bytes<E>(p) / p.taps_y);
                 }
+                E::split(tile.second, p.second_pixel, tile.count, kTileRows, p.second_depth, tile.second_split);
             });
         }
     }
     for (int64_t column = column_begin; column < column_end; column += kPanel) {
-        const Weight* panel = static_cast<const Weight*>(p.packed) + column * p.taps_y * p.taps_x * p.depth;
-        visit_tiles([&](int64_t line, int64_t first, int64_t count, const T* at, char* split) {
+        const Weight* panel =
+            static_cast<const Weight*>(p.packed) + column * (p.taps_y * p.taps_x * p.depth + p.second_depth);
+        visit_tiles([&](const ProductTile& tile) {
             if constexpr (E::kSplitBytes > 0) {
                 if (is_split) {
-                    E::tile_of_split({split, pixels.of_a_line, p.taps_y, p.taps_x, pixels.row, pixels.tap, p.depth},
-                                     panel, count, sums);
+                    const typename E::Split then = {tile.second_split, kTileRows, 1, 1, 1, 0, p.second_depth};
+                    E::tile_of_split({tile.split, pixels.of_a_line, p.taps_y, p.taps_x, pixels.row, pixels.tap,
+                                      p.depth, p.second_depth > 0 ? &then : nullptr},
+                                     panel, tile.count, sums);
                 }
             }
             if (!is_split) {
-                E::tile({at, p.input_pixel, p.taps_y, p.taps_x, p.tap_line, p.tap_pixel, p.depth}, panel, count,
-                        sums);
+                const Rows<T> then = {tile.second, p.second_pixel, 1, 1, 0, 0, p.second_depth};
+                E::tile({tile.rows, p.input_pixel, p.taps_y, p.taps_x, p.tap_line, p.tap_pixel, p.depth,
+                         p.second_depth > 0 ? &then : nullptr},
+                        panel, tile.count, sums);
             }
             if (p.output_is_float) {
-                finish_tile<float>(p, cut, line, first, count, column, sums);
+                finish_tile<float>(p, cut, tile.line, tile.first, tile.count, column, sums);
             } else {
-                finish_tile<T>(p, cut, line, first, count, column, sums);
+                finish_tile<T>(p, cut, tile.line, tile.first, tile.count, column, sums);
             }
         });
     }

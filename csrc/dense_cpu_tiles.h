@@ -16,8 +16,21 @@ template <typename T>
 struct Rows {
     const T* first;
     int64_t row_step, taps_y, taps_x, tap_line, tap_pixel;
-    int64_t depth;  // elements of one tap
+    int64_t depth;               // elements of one tap
+    const Rows* then = nullptr;  // more rows for the same sums, whose weights follow these rows'
 };
+
+// visit(a tap's first row, step from row to row, elements of the tap) in the order of the weights.
+template <typename T, typename Visit>
+DDETR_INLINE void visit_taps(const Rows<T>& rows, const Visit& visit) {
+    for (const Rows<T>* from = &rows; from != nullptr; from = from->then) {
+        for (int64_t y = 0; y < from->taps_y; ++y) {
+            for (int64_t x = 0; x < from->taps_x; ++x) {
+                visit(from->first + y * from->tap_line + x * from->tap_pixel, from->row_step, from->depth);
+            }
+        }
+    }
+}
 
 // The sums of a tile, kPanel floats a row, are written to `sums`.
 #if defined(DDETR_ENGINE_AMX) || defined(DDETR_ENGINE_SPLIT)
@@ -92,42 +105,34 @@ struct Engine : TileRegisters {
 
   private:
     static DDETR_INLINE void two_by_two(const Rows<Bfloat16>& rows, const Bfloat16* panel, float* sums) {
-        const int64_t step = rows.row_step * 2;
         clear_sums<true>();
-        for (int64_t y = 0; y < rows.taps_y; ++y) {
-            for (int64_t x = 0; x < rows.taps_x; ++x) {
-                const Bfloat16* upper = rows.first + y * rows.tap_line + x * rows.tap_pixel;
-                const Bfloat16* lower = upper + 16 * rows.row_step;
-                for (int64_t k = 0; k < rows.depth; k += kDepthStep, panel += kDepthStep * kPanel) {
-                    _tile_loadd(6, panel, 128);
-                    _tile_loadd(4, upper + k, step);
-                    _tile_loadd(7, panel + 32, 128);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_loadd(5, lower + k, step);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
+        visit_taps(rows, [&](const Bfloat16* upper, int64_t row_step, int64_t depth) {
+            const Bfloat16* lower = upper + 16 * row_step;
+            for (int64_t k = 0; k < depth; k += kDepthStep, panel += kDepthStep * kPanel) {
+                _tile_loadd(6, panel, 128);
+                _tile_loadd(4, upper + k, row_step * 2);
+                _tile_loadd(7, panel + 32, 128);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(5, lower + k, row_step * 2);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
             }
-        }
+        });
         store_sums<true>(sums);
     }
 
     static DDETR_INLINE void one_by_two(const Rows<Bfloat16>& rows, const Bfloat16* panel, float* sums) {
-        const int64_t step = rows.row_step * 2;
         clear_sums<false>();
-        for (int64_t y = 0; y < rows.taps_y; ++y) {
-            for (int64_t x = 0; x < rows.taps_x; ++x) {
-                const Bfloat16* upper = rows.first + y * rows.tap_line + x * rows.tap_pixel;
-                for (int64_t k = 0; k < rows.depth; k += kDepthStep, panel += kDepthStep * kPanel) {
-                    _tile_loadd(4, upper + k, step);
-                    _tile_loadd(6, panel, 128);
-                    _tile_loadd(7, panel + 32, 128);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_dpbf16ps(1, 4, 7);
-                }
+        visit_taps(rows, [&](const Bfloat16* upper, int64_t row_step, int64_t depth) {
+            for (int64_t k = 0; k < depth; k += kDepthStep, panel += kDepthStep * kPanel) {
+                _tile_loadd(4, upper + k, row_step * 2);
+                _tile_loadd(6, panel, 128);
+                _tile_loadd(7, panel + 32, 128);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
             }
-        }
+        });
         store_sums<false>(sums);
     }
 };
@@ -152,6 +157,7 @@ struct Engine : TileRegisters {
         int64_t line_pixels;  // that there is room for
         int64_t taps_y, taps_x, row_pixels, tap_pixels;
         int64_t depth;
+        const Split* then = nullptr;  // as of Rows
 
         int64_t line_bytes() const { return line_pixels * depth * kSplitBytes; }
     };
@@ -166,28 +172,27 @@ struct Engine : TileRegisters {
         const char* weights = reinterpret_cast<const char*>(panel);
         multiply(count, sums, [&](const auto& add_steps) {
             alignas(64) char parts[kSlab * kTileRows * kSplitBytes];
-            for (int64_t y = 0; y < rows.taps_y; ++y) {
-                for (int64_t x = 0; x < rows.taps_x; ++x) {
-                    const float* at = rows.first + y * rows.tap_line + x * rows.tap_pixel;
-                    for (int64_t slab = 0; slab < rows.depth; slab += kSlab) {
-                        const int64_t numbers = rows.depth - slab < kSlab ? rows.depth - slab : kSlab;
-                        split(at + slab, rows.row_step, count, kTileRows, numbers, parts);
-                        add_steps(parts, kTileRows, 1, weights, numbers);
-                        weights += numbers * kWeightBytes;
-                    }
+            visit_taps(rows, [&](const float* at, int64_t row_step, int64_t depth) {
+                for (int64_t slab = 0; slab < depth; slab += kSlab) {
+                    const int64_t numbers = depth - slab < kSlab ? depth - slab : kSlab;
+                    split(at + slab, row_step, count, kTileRows, numbers, parts);
+                    add_steps(parts, kTileRows, 1, weights, numbers);
+                    weights += numbers * kWeightBytes;
                 }
-            }
+            });
         });
     }
 
     static void tile_of_split(const Split& split, const SplitWeight* panel, int64_t count, float* sums) {
         const char* weights = reinterpret_cast<const char*>(panel);
         multiply(count, sums, [&](const auto& add_steps) {
-            for (int64_t y = 0; y < split.taps_y; ++y) {
-                for (int64_t x = 0; x < split.taps_x; ++x) {
-                    const char* first = split.pixels + y * split.line_bytes() + x * split.tap_pixels * kDepthStep * 2;
-                    add_steps(first, split.line_pixels, split.row_pixels, weights, split.depth);
-                    weights += split.depth * kWeightBytes;
+            for (const Split* from = &split; from != nullptr; from = from->then) {
+                for (int64_t y = 0; y < from->taps_y; ++y) {
+                    for (int64_t x = 0; x < from->taps_x; ++x) {
+                        const int64_t first = y * from->line_bytes() + x * from->tap_pixels * kDepthStep * 2;
+                        add_steps(from->pixels + first, from->line_pixels, from->row_pixels, weights, from->depth);
+                        weights += from->depth * kWeightBytes;
+                    }
                 }
             }
         });
@@ -311,28 +316,25 @@ struct Engine {
         // Every third row has a pointer of its own, the others are at one and two steps from it: an addressing mode.
         constexpr int kPointers = (kRows + 2) / 3;
         FloatVec sum[kRows][2] = {};
-        const int64_t step = rows.row_step / kPair;
         const Word* weights = reinterpret_cast<const Word*>(panel);
-        for (int64_t y = 0; y < rows.taps_y; ++y) {
-            for (int64_t x = 0; x < rows.taps_x; ++x) {
-                const Word* at[kPointers];
-                at[0] = reinterpret_cast<const Word*>(rows.first + y * rows.tap_line + x * rows.tap_pixel +
-                                                      row * rows.row_step);
-                for (int i = 1; i < kPointers; ++i) at[i] = at[i - 1] + 3 * step;
-                for (int64_t k = rows.depth / kPair; k > 0; --k, weights += kPanel) {
+        visit_taps(rows, [&](const Element* first, int64_t row_step, int64_t depth) {
+            const int64_t step = row_step / kPair;
+            const Word* at[kPointers];
+            at[0] = reinterpret_cast<const Word*>(first + row * row_step);
+            for (int i = 1; i < kPointers; ++i) at[i] = at[i - 1] + 3 * step;
+            for (int64_t k = depth / kPair; k > 0; --k, weights += kPanel) {
 #pragma GCC unroll 16
-                    for (int r = 0; r < kRows; ++r) {
-                        const Word word = at[r / 3][(r % 3) * step];
-                        sum[r][0] = add_product(word, weights, sum[r][0]);
-                        sum[r][1] = add_product(word, weights + kLanes<float>, sum[r][1]);
-                    }
-                    for (int i = 0; i < kPointers; ++i) {
-                        ++at[i];
-                        asm("" : "+r"(at[i]));  // in a register of its own: GCC would gather the pointers in a vector
-                    }
+                for (int r = 0; r < kRows; ++r) {
+                    const Word word = at[r / 3][(r % 3) * step];
+                    sum[r][0] = add_product(word, weights, sum[r][0]);
+                    sum[r][1] = add_product(word, weights + kLanes<float>, sum[r][1]);
+                }
+                for (int i = 0; i < kPointers; ++i) {
+                    ++at[i];
+                    asm("" : "+r"(at[i]));  // in a register of its own: GCC would gather the pointers in a vector
                 }
             }
-        }
+        });
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
             store(sum[r][0], sums + (row + r) * kPanel);

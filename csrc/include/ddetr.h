@@ -37,7 +37,7 @@ extern "C" {
 #define DDETR_API __attribute__((visibility("default")))
 
 /* Raised by every change of this file that a caller could notice. */
-#define DDETR_ABI_VERSION 3
+#define DDETR_ABI_VERSION 4
 
 #define DDETR_OK 0
 #define DDETR_ERROR_DIMS (-1)    /* a negative size, a size beyond 64-bit indices, or a null pointer */

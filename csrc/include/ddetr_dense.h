@@ -48,7 +48,9 @@ typedef struct ddetr_crew {
 
 /* A matrix product over windows of a map: a convolution, or a linear layer (one line, one tap).
  * output[y, x, n] = act(bias[n] + added[y, x, n] + sum over taps (i, j) and k < depth of
- *                       input[y * input_line + x * input_pixel + i * tap_line + j * tap_pixel + k] * weight) */
+ *                       input[y * input_line + x * input_pixel + i * tap_line + j * tap_pixel + k] * weight
+ *                       + sum over k < second_depth of
+ *                       second[y * second_line + x * second_pixel + k] * weight) */
 typedef struct ddetr_product {
     int64_t lines, width; /* of the output */
     int64_t taps_y, taps_x, depth;
@@ -60,11 +62,13 @@ typedef struct ddetr_product {
     int32_t relu;
     int32_t output_is_float; /* whatever the engine's elements are */
     const void* input;
-    const void*
-        packed; /* ceil(columns / panel) panels of [taps_y][taps_x][depth] rows, zeros beyond the last column */
+    const void* packed; /* ceil(columns / panel) panels of [taps_y][taps_x][depth] and then [second_depth] rows, zeros
+                           beyond the last column */
     const float* bias;
     const void* added; /* engine's elements; null for none; may be the output itself */
     void* output;
+    const void* second;                              /* another input, of one tap; not the output */
+    int64_t second_line, second_pixel, second_depth; /* depth 0: there is none */
 } ddetr_product;
 
 /* The start of an encoder layer: value = x W_v + b_v and projected = (x + position) W_p + b_p for every row. The

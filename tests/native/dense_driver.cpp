@@ -188,11 +188,13 @@ ddetr_crew crew_of(const Engine& engine, int32_t threads, const Buffer* scratch,
 
 struct Convolution {
     int64_t lines, width, taps_y, taps_x, stride, dilation, channels, columns;
-    bool is_dense;  // lines of the input follow each other without a border
+    bool is_dense;  // lines of the inputs follow each other without a border
+    int64_t second_channels = 0, second_stride = 1;
 };
 
 void check_product(const Engine& engine, const Convolution& c, bool has_scratch, int32_t threads) {
-    const Weights weights(engine, c.taps_y * c.taps_x * c.channels, c.columns);
+    const int64_t first_depth = c.taps_y * c.taps_x * c.channels;
+    const Weights weights(engine, first_depth + c.second_channels, c.columns);
     const int64_t needed = (c.width - 1) * c.stride + (c.taps_x - 1) * c.dilation + 1;
     ddetr_product p = {};
     p.lines = c.lines, p.width = c.width, p.taps_y = c.taps_y, p.taps_x = c.taps_x;
@@ -203,6 +205,10 @@ void check_product(const Engine& engine, const Convolution& c, bool has_scratch,
     // to the last pixel that is read, and no further
     const int64_t inputs = ((c.lines - 1) * c.stride + (c.taps_y - 1) * c.dilation) * line + needed * c.channels;
     const auto input = engine.elements(inputs);
+    p.second_depth = c.second_channels, p.second_pixel = c.second_stride * c.second_channels;
+    const int64_t second_needed = (c.width - 1) * c.second_stride + 1;
+    p.second_line = c.second_stride * (second_needed + (c.is_dense ? 0 : 2)) * c.second_channels;
+    const auto second = engine.elements((c.lines - 1) * p.second_line + second_needed * c.second_channels);
     const int64_t outputs = c.lines * c.width * c.columns;
     const auto added = engine.elements(outputs);
     const Buffer output(outputs * 4);
@@ -210,6 +216,7 @@ void check_product(const Engine& engine, const Convolution& c, bool has_scratch,
     p.group = c.columns, p.relu = 1, p.output_is_float = 1;
     p.input = input->get(), p.packed = weights.packed->get(), p.bias = weights.bias->as<float>();
     p.added = added->get(), p.output = output.get();
+    if (c.second_channels > 0) p.second = second->get();
     const int64_t bytes = has_scratch ? ddetr_dense_scratch_bytes(engine.number, 256, 1024) : 0;
     const Buffer scratch(threads * bytes + 64);
     const ddetr_crew crew = crew_of(engine, threads, has_scratch ? &scratch : nullptr, bytes);
@@ -227,21 +234,30 @@ void check_product(const Engine& engine, const Convolution& c, bool has_scratch,
                         sum += engine.read(*input, first + k) * weights.at(tap * c.channels + k, n);
                     }
                 }
+                for (int64_t k = 0; k < c.second_channels; ++k) {
+                    sum += engine.read(*second, y * p.second_line + x * p.second_pixel + k) *
+                           weights.at(first_depth + k, n);
+                }
                 errors.compare(output.as<float>()[at], sum > 0 ? sum : 0);
             }
         }
     }
     expect(errors.are_below(1e-5), engine.name + "a product of " + std::to_string(c.lines) + "x" +
-                                       std::to_string(c.width) + ", " + std::to_string(c.taps_x) +
-                                       " taps, equals the sums");
+                                       std::to_string(c.width) + ", " + std::to_string(c.taps_x) + " taps, with " +
+                                       std::to_string(c.second_channels) +
+                                       " numbers of a second input, equals the sums");
 }
 
 void check_products(const Engine& engine) {
     const Convolution convolutions[] = {
-        {1, 1, 1, 1, 1, 1, 32, 1, true},    {1, 70, 1, 1, 1, 1, 96, 33, true},  {3, 17, 1, 1, 2, 1, 64, 70, false},
-        {5, 37, 3, 3, 1, 1, 32, 31, false}, {5, 33, 3, 3, 2, 1, 64, 64, false}, {7, 9, 3, 3, 1, 2, 32, 40, false},
-        {2, 49, 7, 1, 2, 1, 32, 33, false}, {1, 1, 3, 3, 1, 1, 160, 32, true},  {40, 5, 3, 3, 1, 1, 32, 32, false},
-        {6, 16, 3, 3, 1, 1, 32, 65, true},
+        {1, 1, 1, 1, 1, 1, 32, 1, true},           {1, 70, 1, 1, 1, 1, 96, 33, true},
+        {3, 17, 1, 1, 2, 1, 64, 70, false},        {5, 37, 3, 3, 1, 1, 32, 31, false},
+        {5, 33, 3, 3, 2, 1, 64, 64, false},        {7, 9, 3, 3, 1, 2, 32, 40, false},
+        {2, 49, 7, 1, 2, 1, 32, 33, false},        {1, 1, 3, 3, 1, 1, 160, 32, true},
+        {40, 5, 3, 3, 1, 1, 32, 32, false},        {6, 16, 3, 3, 1, 1, 32, 65, true},
+        {1, 1, 1, 1, 1, 1, 32, 1, true, 32},       {5, 37, 1, 1, 1, 1, 64, 40, true, 96},
+        {5, 37, 1, 1, 1, 1, 32, 33, false, 32},    {7, 21, 1, 1, 1, 1, 64, 65, true, 160, 2},
+        {4, 33, 3, 3, 1, 1, 32, 40, false, 64, 2},
     };
     for (const Convolution& c : convolutions) {
         check_product(engine, c, false, 1);
@@ -425,6 +441,9 @@ void check_refusals(const Engine& engine) {
     p.depth = 0;
     expect(ddetr_dense_product(&p, &crew) == DDETR_ERROR_DIMS, engine.name + "no depth");
     p.depth = engine.form.depth_step;
+    p.second_depth = -1;
+    expect(ddetr_dense_product(&p, &crew) == DDETR_ERROR_DIMS, engine.name + "a second input of negative depth");
+    p.second_depth = 0;
     p.lines = -1;
     expect(ddetr_dense_product(&p, &crew) == DDETR_ERROR_DIMS, engine.name + "negative lines");
     ddetr_feed_forward layer = {};

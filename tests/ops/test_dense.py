@@ -177,6 +177,34 @@ def test_a_convolution_adds_to_what_is_there_and_cuts_off_below_zero(bench: Benc
     assert_close(bench, memory.permute(2, 0, 1), F.relu(F.conv2d(x[None], weight)[0] + there))
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "border"),
+    [(1, 1, 0), (1, 1, 1), (1, 2, 0), (3, 2, 1)],
+    ids=["lines without gaps", "a border", "stride 2", "3x3 and stride 2"],
+)
+def test_a_second_input_is_summed_with_a_convolution(bench: Bench, kernel: int, stride: int, border: int) -> None:
+    x, weight = bench.rounded(64, 9, 37), bench.rounded(96, 64, kernel, kernel) / 16
+    size = (9, 37) if stride == 1 else (17, 74)  # a stride leaves a last line or column out, or not
+    second, second_weight = bench.rounded(128, *size), bench.rounded(96, 128) / 16
+    bias = torch.randn(96)
+    wanted = F.conv2d(x[None], weight, bias, padding=kernel // 2)
+    wanted = F.relu(wanted + F.conv2d(second[None], second_weight[:, :, None, None], stride=stride))[0]
+    to, memory = bench.empty_map(96, 9, 37, border=1)
+    bench.engine.convolution(
+        bench.crew,
+        bench.engine.pack(weight, bias, second_weight),
+        bench.map_of(x, kernel // 2),
+        to,
+        padding=kernel // 2,
+        relu=True,
+        second=bench.map_of(second, border),
+        second_stride=stride,
+    )()
+    assert_close(bench, memory[1:-1, 1:-1].permute(2, 0, 1), wanted)
+    memory[1:-1, 1:-1] = 0
+    assert not memory.any()
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 47, 300])
 def test_a_linear_layer_agrees_with_pytorch_for_any_number_of_rows(bench: Bench, rows: int) -> None:
     x, weight, bias = bench.rounded(rows, 64), bench.rounded(91, 64) / 8, torch.randn(91)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ddetr_cli.errors import KernelError
@@ -95,6 +96,7 @@ class Packed:
     taps_x: int
     depth: int
     columns: int
+    second_depth: int  # of the other input whose products are added, 0 where there is none
 
 
 def _in_three_parts(weights: Tensor) -> Tensor:
@@ -120,21 +122,24 @@ class DenseEngine:
         self.name = ENGINES[number]
         self.dtype = torch.float32 if self.form.element_bytes == 4 else torch.bfloat16
 
-    def pack(self, weight: Tensor, bias: Tensor | None) -> Packed:
-        """The layer of weight (N,C) or (N,C,h,w)."""
+    def pack(self, weight: Tensor, bias: Tensor | None, second: Tensor | None = None) -> Packed:
+        """The layer of weight (N,C) or (N,C,h,w), and of ``second`` (N,D), the weights of another input."""
         if weight.dim() == 2:
             weight = weight[:, :, None, None]
-        return self.pack_taps(weight.permute(0, 2, 3, 1), bias)
+        return self.pack_taps(weight.permute(0, 2, 3, 1), bias, second)
 
-    def pack_taps(self, weight: Tensor, bias: Tensor | None) -> Packed:
+    def pack_taps(self, weight: Tensor, bias: Tensor | None, second: Tensor | None = None) -> Packed:
         """The layer of weight (N,taps_y,taps_x,depth); depths are filled up with zeros to what the engine takes."""
         form = self.form
-        columns, taps_y, taps_x, depth = weight.shape
+        columns, taps_y, taps_x = weight.shape[:3]
         panels = -(-columns // form.panel)
-        missing = -depth % form.depth_step
-        padded = torch.nn.functional.pad(weight.float(), (0, missing, 0, 0, 0, 0, 0, panels * form.panel - columns))
-        rows = taps_y * taps_x * (depth + missing) // form.pair
-        packed = padded.reshape(panels, form.panel, rows, form.pair).permute(0, 2, 1, 3)
+        padded = [
+            F.pad(source.float(), (0, -source.shape[-1] % form.depth_step))
+            for source in (weight, weight.new_zeros(columns, 0) if second is None else second)
+        ]
+        rows = torch.cat([source.flatten(1) for source in padded], dim=1)
+        rows = F.pad(rows, (0, 0, 0, panels * form.panel - columns))
+        packed = rows.view(panels, form.panel, -1, form.pair).permute(0, 2, 1, 3)
         if form.weight_bytes > form.element_bytes:
             packed = _in_three_parts(packed.unflatten(1, (-1, form.depth_step // form.pair)))
         elif self.dtype == torch.bfloat16:
@@ -144,7 +149,8 @@ class DenseEngine:
         full_bias = torch.zeros(panels * form.panel)
         if bias is not None:
             full_bias[:columns] = bias.float()
-        return Packed(memory, full_bias, taps_y, taps_x, depth + missing, columns)
+        depth, second_depth = (source.shape[-1] for source in padded)
+        return Packed(memory, full_bias, taps_y, taps_x, depth, columns, second_depth)
 
     def scratch_bytes(self, channels: int, hidden: int) -> int:
         """Bytes per thread for a transformer of these widths, a multiple of a cache line."""
@@ -170,8 +176,13 @@ class DenseEngine:
         relu: bool = False,
         added: Map | None = None,
         is_float: bool = False,
+        second: Map | None = None,
+        second_stride: int = 1,
     ) -> Callable[[], None]:
-        """to = act(convolution of source + added), where added may be ``to``; the source has a border."""
+        """to = act(convolution of source + 1x1 convolution of second + added); the source has a border.
+
+        ``added`` may be ``to``.
+        """
         size, line, pixel = self.form.element_bytes, source.line, source.channels
         return self._call(
             self._library.ddetr_dense_product,
@@ -198,6 +209,10 @@ class DenseEngine:
                 bias=packed.bias.data_ptr(),
                 added=None if added is None else added.address,
                 output=to.address,
+                second=None if second is None else second.address,
+                second_line=0 if second is None else second_stride * second.line,
+                second_pixel=0 if second is None else second_stride * second.channels,
+                second_depth=packed.second_depth,
             ),
             crew,
             packed,

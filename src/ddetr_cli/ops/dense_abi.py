@@ -37,7 +37,8 @@ class Product(ctypes.Structure):
         *[(name, I64) for name in ("output_line", "output_pixel", "added_line", "added_pixel")],
         *[(name, I64) for name in ("group", "output_group")],
         *[(name, I32) for name in ("relu", "output_is_float")],
-        *[(name, POINTER) for name in ("input", "packed", "bias", "added", "output")],
+        *[(name, POINTER) for name in ("input", "packed", "bias", "added", "output", "second")],
+        *[(name, I64) for name in ("second_line", "second_pixel", "second_depth")],
     ]
 
 

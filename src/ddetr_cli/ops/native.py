@@ -24,7 +24,7 @@ from ddetr_cli.errors import KernelError
 from ddetr_cli.ops import reference
 from ddetr_cli.versions import find_built_file
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FUSED_MAX_SAMPLES = 512
 MAX_BANDS = 1024
 

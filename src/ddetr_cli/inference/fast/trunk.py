@@ -20,13 +20,14 @@ PIXEL_CHANNELS = 4  # red, green, blue and a zero: a window's line is then evenl
 
 @dataclass(frozen=True)
 class Convolution:
-    """A packed convolution and its geometry."""
+    """A packed convolution and its geometry; where there is a shortcut, it is summed with a 1x1 convolution of it."""
 
     packed: Packed
     taps: int  # of a side of its window
     stride: int
     padding: int
     dilation: int
+    shortcut_stride: int  # 0: there is none
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of its output."""
@@ -42,8 +43,9 @@ class Convolution:
         *,
         relu: bool = False,
         added: Place | None = None,
+        shortcut: Place | None = None,
     ) -> None:
-        """Let ``plan`` compute ``to`` = act(convolution of ``source`` + ``added``)."""
+        """Let ``plan`` compute ``to`` = act(convolution of ``source``, and of ``shortcut``, + ``added``)."""
         plan.add(
             lambda: plan.engine.convolution(
                 plan.crew,
@@ -56,6 +58,8 @@ class Convolution:
                 relu=relu,
                 added=None if added is None else plan.map(added),
                 is_float=to.dtype == torch.float32,
+                second=None if shortcut is None else plan.map(shortcut),
+                second_stride=self.shortcut_stride,
             )
         )
 
@@ -75,16 +79,27 @@ def fold(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor | None
     return (weight * scale[:, None, None, None]).float(), shift.float()
 
 
-def pack(engine: DenseEngine, conv: nn.Conv2d, norm: nn.Module | None = None) -> Convolution:
-    """A convolution with the batch-norm that follows it, in the engine's layout."""
+def pack(
+    engine: DenseEngine, conv: nn.Conv2d, norm: nn.Module | None = None, shortcut: nn.Sequential | None = None
+) -> Convolution:
+    """A convolution, and a shortcut's to sum it with, with the batch-norms that follow, in the engine's layout."""
     assert conv.groups == 1
     weight, bias = fold(conv, norm)
-    return _geometry(conv, engine.pack(weight, bias))
+    if shortcut is None:
+        return _geometry(conv, engine.pack(weight, bias))
+    other, other_norm = shortcut
+    assert isinstance(other, nn.Conv2d)
+    other_weight, other_bias = fold(other, other_norm)
+    assert bias is not None
+    assert other_bias is not None
+    return _geometry(conv, engine.pack(weight, bias + other_bias, other_weight.flatten(1)), other.stride[0])
 
 
-def _geometry(conv: nn.Conv2d, packed: Packed) -> Convolution:
+def _geometry(conv: nn.Conv2d, packed: Packed, shortcut_stride: int = 0) -> Convolution:
     assert isinstance(conv.padding[0], int)
-    return Convolution(packed, conv.kernel_size[0], conv.stride[0], conv.padding[0], conv.dilation[0])
+    return Convolution(
+        packed, conv.kernel_size[0], conv.stride[0], conv.padding[0], conv.dilation[0], shortcut_stride
+    )
 
 
 def pack_stem(engine: DenseEngine, conv: nn.Conv2d, norm: nn.Module) -> Convolution:
@@ -97,30 +112,30 @@ def pack_stem(engine: DenseEngine, conv: nn.Conv2d, norm: nn.Module) -> Convolut
 
 
 class Block:
-    """A residual block: convolutions in a row, the last added to the shortcut."""
+    """A residual block: convolutions in a row, the last summed with the shortcut's or added to what it passes on."""
 
     def __init__(self, engine: DenseEngine, block: Bottleneck | BasicBlock) -> None:
-        self.convs = [pack(engine, block.conv1, block.bn1), pack(engine, block.conv2, block.bn2)]
+        pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if isinstance(block, Bottleneck):
-            self.convs.append(pack(engine, block.conv3, block.bn3))
-        shortcut = block.downsample
-        self.shortcut = None if shortcut is None else pack(engine, shortcut[0], shortcut[1])  # type: ignore[arg-type]
+            pairs.append((block.conv3, block.bn3))
+        self.convs = [pack(engine, *pair) for pair in pairs[:-1]]
+        self.convs.append(pack(engine, *pairs[-1], block.downsample))
 
     def add_to(self, plan: Plan, x: Place, border: int) -> Place:
         """Let ``plan`` compute the block of ``x``: into a place with a border, or over ``x`` if it only adds."""
-        shortcut = x
-        if self.shortcut is not None:
-            h, w = self.shortcut.size(*x.shape[:2])
-            other = "odd" if x.name == "even" else "even"
-            shortcut = plan.place(other, h, w, self.shortcut.packed.columns, border=border)
-            self.shortcut.add_to(plan, x, shortcut)
+        shortcut, last = x, self.convs[-1]
         for i, conv in enumerate(self.convs[:-1]):
             h, w = conv.size(*x.shape[:2])
             to = plan.place(f"inner {i}", h, w, conv.packed.columns, border=self.convs[i + 1].padding)
             conv.add_to(plan, x, to, relu=True)
             x = to
-        self.convs[-1].add_to(plan, x, shortcut, relu=True, added=shortcut)
-        return shortcut
+        if not last.shortcut_stride:
+            last.add_to(plan, x, shortcut, relu=True, added=shortcut)
+            return shortcut
+        other = "odd" if shortcut.name == "even" else "even"
+        to = plan.place(other, *last.size(*x.shape[:2]), last.packed.columns, border=border)
+        last.add_to(plan, x, to, relu=True, shortcut=shortcut)
+        return to
 
 
 class Projection:
