@@ -137,8 +137,8 @@ int32_t ddetr_dense_product(const ddetr_product* product, const ddetr_crew* crew
     const ddetr_product& p = *product;
     const int64_t step = kernels->form.depth_step, panel = kernels->form.panel;
     if (p.lines < 0 || p.width < 0 || p.taps_y < 1 || p.taps_x < 1 || p.depth < step || p.depth % step != 0 ||
-        p.second_depth < 0 || p.second_depth % step != 0 || p.columns < 1 || p.group < 1 ||
-        (p.group < p.columns && p.group % panel != 0)) {
+        p.second_depth < 0 || p.second_depth % step != 0 || (p.second_depth > 0 && p.second == nullptr) ||
+        p.columns < 1 || p.group < 1 || (p.group < p.columns && p.group % panel != 0)) {
         return DDETR_ERROR_DIMS;
     }
     if (p.lines == 0 || p.width == 0) return DDETR_OK;

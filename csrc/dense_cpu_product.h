@@ -109,15 +109,15 @@ void run_product(const ddetr_product& p, int64_t item, void* slot) {
     const int64_t column_end = smaller(column_begin + cut.panels_per_group * kPanel, p.columns);
     const T *input = static_cast<const T*>(p.input), *second = static_cast<const T*>(p.second);
     const TilePixels pixels(p);
-    const bool is_split = slot != nullptr && product_scratch<E>(p) > 0;
+    const int64_t tile_bytes = product_scratch<E>(p) / kChunkTiles, first_bytes = split_bytes<E>(p);
+    const bool is_split = slot != nullptr && tile_bytes > 0;
     const auto visit_tiles = [&](const auto& visit) {
         char* split = static_cast<char*>(slot);
-        for (int64_t tile = tile_begin; tile < tile_end; ++tile, split += product_scratch<E>(p) / kChunkTiles) {
+        for (int64_t tile = tile_begin; tile < tile_end; ++tile, split += tile_bytes) {
             const int64_t line = tile / cut.tiles_per_line, first = tile % cut.tiles_per_line * kTileRows;
             visit(ProductTile{line, first, smaller(kTileRows, cut.width - first),
                               input + line * p.input_line + first * p.input_pixel,
-                              second + line * p.second_line + first * p.second_pixel, split,
-                              split + split_bytes<E>(p)});
+                              second + line * p.second_line + first * p.second_pixel, split, split + first_bytes});
         }
     };
     if constexpr (E::kSplitBytes > 0) {
@@ -125,8 +125,9 @@ void run_product(const ddetr_product& p, int64_t item, void* slot) {
             visit_tiles([&](const ProductTile& tile) {
                 for (int64_t y = 0; y < p.taps_y; ++y) {
                     E::split(tile.rows + y * p.tap_line, pixels.step, pixels.among(tile.count, p.taps_x),
-                             pixels.of_a_line, p.depth, tile.split + y * split_bytes<E>(p) / p.taps_y);
+                             pixels.of_a_line, p.depth, tile.split + y * first_bytes / p.taps_y);
                 }
+                if (p.second_depth == 0) return;
                 E::split(tile.second, p.second_pixel, tile.count, kTileRows, p.second_depth, tile.second_split);
             });
         }

@@ -36,7 +36,7 @@ extern "C" {
 
 #define DDETR_API __attribute__((visibility("default")))
 
-/* Raised by every change of this file that a caller could notice. */
+/* Raised by every change of this file or of ddetr_dense.h that a caller could notice. */
 #define DDETR_ABI_VERSION 4
 
 #define DDETR_OK 0
@@ -62,7 +62,7 @@ extern "C" {
 
 /* Instruction sets of the CPU library; results differ between them only by
  * rounding. */
-#define DDETR_ISA_BEST 0     /* the best one this processor has */
+#define DDETR_ISA_BEST 0     /* the best one this processor has, AMX for dense layers */
 #define DDETR_ISA_PORTABLE 1 /* the compiler's baseline for the platform */
 #define DDETR_ISA_AVX2 2     /* AVX2, FMA, F16C */
 #define DDETR_ISA_AVX512 3   /* AVX-512 F, BW, DQ, VL besides */

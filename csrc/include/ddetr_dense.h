@@ -43,7 +43,7 @@ typedef struct ddetr_crew {
     int32_t threads;
     ddetr_parallel_for parallel_for;
     void* scratch;         /* threads * scratch_bytes, 64-byte aligned */
-    int64_t scratch_bytes; /* of one slot; only the transformer's layers and the group norm use it */
+    int64_t scratch_bytes; /* of one slot; products are faster with enough of it, the rest needs it */
 } ddetr_crew;
 
 /* A matrix product over windows of a map: a convolution, or a linear layer (one line, one tap).

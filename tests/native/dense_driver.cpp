@@ -443,6 +443,8 @@ void check_refusals(const Engine& engine) {
     p.depth = engine.form.depth_step;
     p.second_depth = -1;
     expect(ddetr_dense_product(&p, &crew) == DDETR_ERROR_DIMS, engine.name + "a second input of negative depth");
+    p.second_depth = engine.form.depth_step;
+    expect(ddetr_dense_product(&p, &crew) == DDETR_ERROR_DIMS, engine.name + "a second input that is not there");
     p.second_depth = 0;
     p.lines = -1;
     expect(ddetr_dense_product(&p, &crew) == DDETR_ERROR_DIMS, engine.name + "negative lines");

@@ -179,8 +179,8 @@ def test_a_convolution_adds_to_what_is_there_and_cuts_off_below_zero(bench: Benc
 
 @pytest.mark.parametrize(
     ("kernel", "stride", "border"),
-    [(1, 1, 0), (1, 1, 1), (1, 2, 0), (3, 2, 1)],
-    ids=["lines without gaps", "a border", "stride 2", "3x3 and stride 2"],
+    [(1, 1, 0), (1, 1, 1), (1, 2, 0), (3, 1, 1), (3, 2, 1)],
+    ids=["lines without gaps", "a border", "stride 2", "3x3 and gaps in both", "3x3 and stride 2"],
 )
 def test_a_second_input_is_summed_with_a_convolution(bench: Bench, kernel: int, stride: int, border: int) -> None:
     x, weight = bench.rounded(64, 9, 37), bench.rounded(96, 64, kernel, kernel) / 16

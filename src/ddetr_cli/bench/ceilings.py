@@ -38,9 +38,9 @@ class Ceilings:
     size_hw: tuple[int, int]
     times: dict[str, Samples]
 
-    def peak(self, precision: str, by: str = "") -> float:
-        """Multiply-adds per second of the best convolution in ``precision``, anybody's or that of ``by``."""
-        return 1 / self._best(precision, by)[1].median
+    def peak(self, precision: str) -> float:
+        """Multiply-adds per second of the best convolution in ``precision``."""
+        return 1 / self._best(precision)[1].median
 
     def peak_of(self, precision: str) -> str:
         """Whose convolution that is: PyTorch's, or an engine of ours by its name."""

@@ -40,8 +40,8 @@ DRAWN_BOXES = 20
 
 _FLOOR_NOTE = (
     "floor: multiply-adds at the rate of the best convolution, PyTorch's or of the engine that inference runs on, "
-    "and the encoder's deformable attention at its rate on a cached value; floor / time: of each round, with "
-    "quartiles; by PyTorch's: the same by the rate of its convolutions alone"
+    "and the encoder's deformable attention at its rate on a cached value; floor / time: the median of "
+    "the rounds' shares, with quartiles; by PyTorch's: the same by the rate of its convolutions alone"
 )
 
 
@@ -146,7 +146,11 @@ class StagesSection:
             )
             for label, result in zip(labels, self.results, strict=True)
         )
-        shares = {label: result.floor_share for label, result in zip(labels, self.results, strict=True)}
+        noted = {
+            f"{label}{what}": samples
+            for label, result in zip(labels, self.results, strict=True)
+            for what, samples in (("", result.whole), (", share", result.floor_share))
+        }
         return [
             Table(
                 f"stages of one picture of {height}x{width}, one after the other",
@@ -175,7 +179,7 @@ class StagesSection:
                     "by PyTorch's",
                 ),
                 floors,
-                notes=(_FLOOR_NOTE, *noise_notes(shares)),
+                notes=(_FLOOR_NOTE, *noise_notes(noted)),
             ),
             self.ceilings.table(),
         ]

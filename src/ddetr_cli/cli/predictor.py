@@ -64,7 +64,8 @@ Nms = Annotated[
     ),
 ]
 Precision = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"], typer.Option("--precision", help="Arithmetic of the model.")
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option("--precision", help="Arithmetic of the model; auto: bf16 on a CPU that is faster in it, else fp32."),
 ]
 Preprocess = Annotated[
     Literal["original", "hf"],

@@ -183,6 +183,7 @@ class DenseEngine:
 
         ``added`` may be ``to``.
         """
+        assert (second is None) == (packed.second_depth == 0)
         size, line, pixel = self.form.element_bytes, source.line, source.channels
         return self._call(
             self._library.ddetr_dense_product,
@@ -397,7 +398,7 @@ def dense_engine(dtype: torch.dtype) -> DenseEngine | None:
 
 
 def gains_by_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32. Raises as ``dense_engine``."""
+    """Whether our kernels, within DDETR_CPU_ISA, are faster in bfloat16 than in float32. Raises KernelError."""
     kernels = _dense_kernels()
     return kernels is not None and bool(kernels.library.ddetr_dense_gains_by_bf16(native._ISAS[kernels.limit]))
 

@@ -74,7 +74,7 @@ class CpuKernels:
     isa: str
     library: ctypes.CDLL
     parallel_for: int | None  # address of libtorch's, so that the kernels run in torch's own thread pool
-    limit: str = "best"  # what DDETR_CPU_ISA allows: of the dense layers' AMX, only ``best``
+    limit: str = "best"  # DDETR_CPU_ISA; the dense layers use AMX only under ``best``
 
     def forward(self, value: Tensor, level_hw: Sequence[int], sampling_xy: Tensor, weights: Tensor) -> Tensor:
         _, queries, _, levels, points, _ = sampling_xy.shape

@@ -89,6 +89,7 @@ def pack(
         return _geometry(conv, engine.pack(weight, bias))
     other, other_norm = shortcut
     assert isinstance(other, nn.Conv2d)
+    assert (other.kernel_size, other.padding, other.groups) == ((1, 1), (0, 0), 1)
     other_weight, other_bias = fold(other, other_norm)
     assert bias is not None
     assert other_bias is not None
@@ -112,18 +113,30 @@ def pack_stem(engine: DenseEngine, conv: nn.Conv2d, norm: nn.Module) -> Convolut
 
 
 class Block:
-    """A residual block: convolutions in a row, the last summed with the shortcut's or added to what it passes on."""
+    """A residual block: convolutions in a row, the last summed with the shortcut's or added to its map.
 
-    def __init__(self, engine: DenseEngine, block: Bottleneck | BasicBlock) -> None:
+    Summing saves the shortcut's map. With a stride it keeps the lines of the last convolution apart, whose ends fill
+    no tile: that costs more where it is a 3x3 one, or where the lines are short (``is_narrow``).
+    """
+
+    def __init__(self, engine: DenseEngine, block: Bottleneck | BasicBlock, *, is_narrow: bool) -> None:
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if isinstance(block, Bottleneck):
             pairs.append((block.conv3, block.bn3))
+        shortcut = block.downsample
+        pays = isinstance(block, Bottleneck) and not is_narrow
+        is_summed = shortcut is not None and (pays or shortcut[0].stride == (1, 1))
         self.convs = [pack(engine, *pair) for pair in pairs[:-1]]
-        self.convs.append(pack(engine, *pairs[-1], block.downsample))
+        self.convs.append(pack(engine, *pairs[-1], shortcut if is_summed else None))
+        self.shortcut = None if shortcut is None or is_summed else pack(engine, *shortcut)
 
     def add_to(self, plan: Plan, x: Place, border: int) -> Place:
         """Let ``plan`` compute the block of ``x``: into a place with a border, or over ``x`` if it only adds."""
         shortcut, last = x, self.convs[-1]
+        other = "odd" if x.name == "even" else "even"
+        if self.shortcut is not None:
+            shortcut = plan.place(other, *self.shortcut.size(*x.shape[:2]), last.packed.columns, border=border)
+            self.shortcut.add_to(plan, x, shortcut)
         for i, conv in enumerate(self.convs[:-1]):
             h, w = conv.size(*x.shape[:2])
             to = plan.place(f"inner {i}", h, w, conv.packed.columns, border=self.convs[i + 1].padding)
@@ -132,7 +145,6 @@ class Block:
         if not last.shortcut_stride:
             last.add_to(plan, x, shortcut, relu=True, added=shortcut)
             return shortcut
-        other = "odd" if shortcut.name == "even" else "even"
         to = plan.place(other, *last.size(*x.shape[:2]), last.packed.columns, border=border)
         last.add_to(plan, x, to, relu=True, shortcut=shortcut)
         return to
@@ -186,7 +198,7 @@ class Trunk:
         for number in range(1, 5):
             stage = backbone.get_submodule(f"layer{number}")
             assert isinstance(stage, nn.Sequential)
-            self.stages.append([Block(engine, block) for block in stage])  # type: ignore[arg-type]
+            self.stages.append([Block(engine, block, is_narrow=number == 4) for block in stage])  # type: ignore[arg-type]
         self.projections = [Projection(engine, projection) for projection in projections]
 
     def _levels_of(self, stage: int) -> list[int]:
