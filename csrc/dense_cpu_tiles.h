@@ -317,24 +317,31 @@ struct Engine {
         constexpr int kPointers = (kRows + 2) / 3;
         FloatVec sum[kRows][2] = {};
         const Word* weights = reinterpret_cast<const Word*>(panel);
-        visit_taps(rows, [&](const Element* first, int64_t row_step, int64_t depth) {
-            const int64_t step = row_step / kPair;
-            const Word* at[kPointers];
-            at[0] = reinterpret_cast<const Word*>(first + row * row_step);
-            for (int i = 1; i < kPointers; ++i) at[i] = at[i - 1] + 3 * step;
-            for (int64_t k = depth / kPair; k > 0; --k, weights += kPanel) {
+        // Not visit_taps: GCC would keep sums that a lambda captures in memory, at half the speed.
+        for (const Rows<Element>* from = &rows; from != nullptr; from = from->then) {
+            const int64_t step = from->row_step / kPair;
+            for (int64_t y = 0; y < from->taps_y; ++y) {
+                for (int64_t x = 0; x < from->taps_x; ++x) {
+                    const Word* at[kPointers];
+                    at[0] = reinterpret_cast<const Word*>(from->first + y * from->tap_line + x * from->tap_pixel +
+                                                          row * from->row_step);
+                    for (int i = 1; i < kPointers; ++i) at[i] = at[i - 1] + 3 * step;
+                    for (int64_t k = from->depth / kPair; k > 0; --k, weights += kPanel) {
 #pragma GCC unroll 16
-                for (int r = 0; r < kRows; ++r) {
-                    const Word word = at[r / 3][(r % 3) * step];
-                    sum[r][0] = add_product(word, weights, sum[r][0]);
-                    sum[r][1] = add_product(word, weights + kLanes<float>, sum[r][1]);
-                }
-                for (int i = 0; i < kPointers; ++i) {
-                    ++at[i];
-                    asm("" : "+r"(at[i]));  // in a register of its own: GCC would gather the pointers in a vector
+                        for (int r = 0; r < kRows; ++r) {
+                            const Word word = at[r / 3][(r % 3) * step];
+                            sum[r][0] = add_product(word, weights, sum[r][0]);
+                            sum[r][1] = add_product(word, weights + kLanes<float>, sum[r][1]);
+                        }
+                        for (int i = 0; i < kPointers; ++i) {
+                            ++at[i];
+                            asm(""
+                                : "+r"(at[i]));  // a register of its own: GCC would gather the pointers in a vector
+                        }
+                    }
                 }
             }
-        });
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
             store(sum[r][0], sums + (row + r) * kPanel);
